@@ -1,0 +1,259 @@
+"""The settings: a frozen Config and where each value came from. The only defaults, and the only reader of the environment.
+
+defaults < config.toml < .env < environment < flags. A value that cannot be used is a ConfigError that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mlxd.errors import ConfigError
+
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Server(Section, frozen=True):
+    """The HTTP side. `command`: None for mlxd's own server; tests put a misbehaving one there."""
+
+    port: Port = 11435
+    host: str = ""  # "" is 127.0.0.1 and ::1
+    command: list[str] | None = None
+    max_concurrent: Annotated[int, Meta(ge=1, le=1024)] = 32
+    max_queue: Count = 512
+    queue_wait_s: Seconds = 120.0
+    request_s: Seconds = 3600.0
+    drain_s: Seconds = 30.0
+    origins: list[str] = []
+
+
+class Models(Section, frozen=True):
+    dir: str = "~/mlx-models"
+    #: None: mlxd-tiny while no other model exists.
+    preload: list[str] | None = None
+    max_cached: Count = 0  # 0: by memory
+    keep_alive: str = "5m"
+    context_length: Count = 0  # 0: the model's own
+
+
+class Engine(Section, frozen=True):
+    """`command`: None for mlxd's own engine. `prefill_tokens`: prompt tokens per step over all rows together (8 rows x 512, mlx-lm's
+    way, stall every stream for 2-7 s). `text_s`: template and tokenising of one request."""
+
+    command: list[str] | None = None
+    prefill_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512
+    text_s: Seconds = 2.0
+    cache_bytes: Annotated[int, Meta(ge=0)] = 2 * 1024**3
+    memory_limit: Annotated[int, Meta(ge=0)] = 0  # bytes for all engines; 0: 75 % of RAM
+
+
+class Supervisor(Section, frozen=True):
+    """Deadlines of children. Every number is a default that a test may shorten; none is a clock that a test patches."""
+
+    hello_s: Seconds = 20.0
+    load_stall_s: Seconds = 300.0
+    term_s: Seconds = 10.0
+    kill_s: Seconds = 10.0
+    takeover_s: Seconds = 2.0
+    backoff_first_s: Seconds = 0.5
+    backoff_most_s: Seconds = 60.0
+    healthy_s: Seconds = 600.0
+    deaths: Annotated[int, Meta(ge=1, le=1000)] = 5
+    window_s: Seconds = 900.0
+    cooldown_s: Seconds = 300.0
+    hold_s: Seconds = 5.0  # how often the cause of a HELD is looked at again
+    replace_drain_s: Seconds = 600.0
+    log_bytes: Annotated[int, Meta(ge=64 * 1024)] = 50 * 1024 * 1024
+    log_keep_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024
+
+
+class Health(Section, frozen=True):
+    interval_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
+    max_time_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    misses: Annotated[int, Meta(ge=1, le=100)] = 3
+    suspect_s: Seconds = 5.0
+    frozen_s: Seconds = 15.0
+    frozen_loading_s: Seconds = 60.0
+    lag_s: Seconds = 1.0  # a server whose loop lags less than this and that beats is saturated, not dead
+
+
+class RateLimit(Section, frozen=True):
+    """Requests a client may make in a window; 0: off."""
+
+    max: Count = 0
+    window_s: Seconds = 60.0
+
+
+class Security(Section, frozen=True):
+    strict_host: bool = False
+
+
+class Config(Section, frozen=True):
+    server: Server = Server()
+    models: Models = Models()
+    engine: Engine = Engine()
+    supervisor: Supervisor = Supervisor()
+    health: Health = Health()
+    rate_limit: RateLimit = RateLimit()
+    security: Security = Security()
+
+
+#: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.
+NAMES = {
+    "MLX_API_PORT": ("server", "port"),
+    "MLX_API_HOST": ("server", "host"),
+    "MLX_MODELS_DIR": ("models", "dir"),
+    "MLX_PRELOAD_MODELS": ("models", "preload"),
+    "MLX_MAX_CONCURRENT": ("server", "max_concurrent"),
+    "MLX_MAX_CACHED_MODELS": ("models", "max_cached"),
+    "MLX_QUEUE_WAIT_TIMEOUT": ("server", "queue_wait_s"),
+    "MLX_HEALTH_MAX_TIME": ("health", "max_time_s"),
+    "MLX_RATE_LIMIT_MAX": ("rate_limit", "max"),
+    "MLX_RATE_LIMIT_WINDOW": ("rate_limit", "window_s"),
+    "OLLAMA_ORIGINS": ("server", "origins"),
+    "OLLAMA_KEEP_ALIVE": ("models", "keep_alive"),
+    "OLLAMA_CONTEXT_LENGTH": ("models", "context_length"),
+}
+
+LISTS = {("models", "preload"), ("server", "origins")}
+COMMANDS = {("server", "command"), ("engine", "command")}
+
+
+def variables() -> dict[str, tuple[str, str]]:
+    """Every environment variable that is a setting -> its section and key."""
+    found = {
+        f"MLXD_{section.name}_{key.name}".upper(): (section.name, key.name)
+        for section in msgspec.structs.fields(Config)
+        for key in msgspec.structs.fields(section.type)
+    }
+    return found | NAMES
+
+
+class Loaded(Struct, frozen=True):
+    """A Config and, per dotted name that is not a default, the place it came from."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+def load(
+    config_file: Path,
+    env_files: list[Path],
+    environ: Mapping[str, str] = os.environ,
+    flags: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """The effective configuration.
+
+    `env_files`: later ones win; missing files are fine, in either place. `flags`: dotted name -> value.
+    Raises ConfigError, exit status 78: a syntax error names line and column, an unknown key its dotted name and the nearest
+    known one, a bad value the variable or the dotted name.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+
+    def put(section: str, key: str, value: Any, source: str) -> None:
+        tree.setdefault(section, {})[key] = value
+        sources[f"{section}.{key}"] = source
+
+    for section, keys in read_toml(config_file).items():
+        for key, value in keys.items():
+            put(section, key, value, f"{section}.{key} in {config_file}")
+    known = variables()
+    for source, values in [*((str(f), read_env(f)) for f in env_files), ("environment", environ)]:
+        # The names that users know are read last: MLX_API_PORT wins over MLXD_SERVER_PORT of the same place.
+        for name in sorted(known.keys() & values.keys(), key=lambda n: n in NAMES):
+            place = name if source == "environment" else f"{name} in {source}"
+            section, key = known[name]
+            put(section, key, from_text(section, key, values[name], place), place)
+    for dotted, value in (flags or {}).items():
+        section, key = dotted.split(".")
+        put(section, key, value, f"--{key.replace('_', '-')}")
+    return Loaded(build(tree, sources), sources)
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of config.toml, checked for unknown names; {} without a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    for section, keys in tables.items():
+        if section not in sections:
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path}: {section} is a section: write [{section}] and its settings below it")
+        known = [field.name for field in msgspec.structs.fields(sections[section])]
+        for key in keys:
+            if key not in known:
+                raise ConfigError(f"{path}: unknown setting {section}.{key}{nearest(key, known, section + '.')}")
+    return tables
+
+
+def nearest(name: str, known: Any, prefix: str = "") -> str:
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{match[0]}?" if match else f"; known are {', '.join(sorted(known))}"
+
+
+def read_env(path: Path) -> Mapping[str, str]:
+    """The variables of a .env file; {} without one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    import dotenv  # 12 ms, and most have no such file
+
+    return {k: v for k, v in dotenv.dotenv_values(stream=StringIO(text), interpolate=False).items() if v is not None}
+
+
+def from_text(section: str, key: str, text: str, place: str) -> Any:
+    """An environment variable's text as the value its setting has."""
+    if (section, key) in LISTS:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if (section, key) in COMMANDS:
+        return text.split()
+    text = text.strip()
+    kind = type(getattr(getattr(Config(), section), key))
+    if kind is bool:
+        if text.lower() not in ("1", "0", "true", "false", "yes", "no"):
+            raise ConfigError(f"{place} must be true or false, not {text!r}")
+        return text.lower() in ("1", "true", "yes")
+    if kind is str:
+        return text
+    if not re.fullmatch(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?", text):
+        raise ConfigError(f"{place} must be a number, not {text!r}")
+    number = float(text)
+    return int(number) if kind is int and number.is_integer() else number
+
+
+def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        sentence, _, where = str(error).partition(" - at `$.")
+        dotted = re.match(r"[a-z_]+\.[a-z_]+", where)
+        place = sources.get(dotted.group(), dotted.group()) if dotted else where.rstrip("`")
+        raise ConfigError(f"{place}: {sentence[0].lower()}{sentence[1:]}") from error

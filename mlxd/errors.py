@@ -1,0 +1,25 @@
+"""The one family of errors that a person is meant to read."""
+
+from __future__ import annotations
+
+
+class MlxdError(Exception):
+    """Something a person can act on. The message is one sentence that says what to do.
+
+    `exit_status` is what the command line ends with (CONTRACT of `mlxd`: 1 failed, 3 not running, 4 not ready,
+    75 temporary, 78 configuration).
+    """
+
+    exit_status = 1
+
+
+class ConfigError(MlxdError):
+    """A setting, a file or a directory that only a person can mend."""
+
+    exit_status = 78
+
+
+class NotRunning(MlxdError):
+    """There is no daemon to ask."""
+
+    exit_status = 3

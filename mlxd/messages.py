@@ -1,0 +1,324 @@
+"""The words of mlxd's processes: on the link (supervisor and child) and on an engine's socket (server and engine).
+
+Owns the shapes and how they are framed, nothing else: no sockets, no state. Links carry JSON lines, so that a person can read a
+trace; engine sockets carry length-prefixed msgpack, one frame per batch step. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+#: Both sides of a link must say the same number; another one is held until `mlxd restart`.
+PROTOCOL = 1
+
+# --- what both levels speak about --------------------------------------------------------------------------------------
+
+
+class Counters(Struct, kw_only=True):
+    """What a process did since it started. Only movement matters: the watchers compare two of these."""
+
+    #: Jobs the engine has accepted and not ended / requests the server has in hand.
+    running: int = 0
+    waiting: int = 0
+    #: Monotone progress: prompt tokens prefilled, tokens emitted, requests ended, bytes or tensors loaded.
+    prefilled: int = 0
+    emitted: int = 0
+    finished: int = 0
+    loaded: int = 0
+    #: MLX's own counters, bytes; 0 in processes without MLX.
+    active_bytes: int = 0
+    peak_bytes: int = 0
+    cache_bytes: int = 0
+    #: How late the event loop woke for this beat, seconds.
+    loop_lag_s: float = 0.0
+
+
+class ExitRecord(Struct, kw_only=True):
+    """How a child ended. `signal` and `code`: exactly one is an int. `text` ends with the child's last words."""
+
+    ts: str
+    child: str
+    slot: int
+    pid: int
+    model: str | None
+    cause: str
+    signal: int | None
+    code: int | None
+    up_s: float
+    memory_bytes: int
+    running: int
+    text: str
+    stack: str | None = None
+
+
+# --- the link: child -> supervisor --------------------------------------------------------------------------------------
+
+
+class Hello(Struct, tag="hello", tag_field="word"):
+    protocol: int
+    kind: Literal["server", "engine"]
+    pid: int
+    version: str
+    nonce: str
+
+
+class Ready(Struct, tag="ready", tag_field="word"):
+    """Of an engine: one token came out of `model`. Of the server: it accepts."""
+
+    model: str | None = None
+
+
+class Beat(Struct, tag="beat", tag_field="word"):
+    """Once a second; dropped rather than blocking the sender (a socketpair is full after 167 unread beats)."""
+
+    counters: Counters
+
+
+class Bye(Struct, tag="bye", tag_field="word"):
+    """The last word of a child that ends by itself. Causes: "stopped", "refused" (this model can never load: `text` says why,
+    in words for the client), "error" (an MLX or Python exception)."""
+
+    cause: str
+    text: str = ""
+
+
+# --- the link: server -> supervisor --------------------------------------------------------------------------------------
+
+
+class Want(Struct, tag="want", tag_field="word"):
+    """An engine for `model` is wanted. `directory`: absolute path of its files. Saying it again changes nothing.
+
+    `preload`: it belongs to what `mlxd start` waits for.
+    """
+
+    model: str
+    directory: str
+    preload: bool = False
+
+
+class Release(Struct, tag="release", tag_field="word"):
+    """The engine of `model` is no longer wanted; no job is on it."""
+
+    model: str
+
+
+class Stalled(Struct, tag="stalled", tag_field="word"):
+    """The engine in slot `engine` has work and makes no progress, as the server sees it."""
+
+    engine: int
+
+
+# --- the link: supervisor -> server --------------------------------------------------------------------------------------
+
+
+class EngineUp(Struct, tag="engine_up", tag_field="word"):
+    """`socket` accepts jobs for `model`."""
+
+    id: int
+    pid: int
+    model: str
+    socket: str
+
+
+class EngineDown(Struct, tag="engine_down", tag_field="word"):
+    """The engine of `model` is gone (or could not come up) and what happens next.
+
+    `next`: "replaced" (another comes at once), "retried" (after `retry_s`), "refused" (this model cannot be loaded: `cause` is the
+    sentence for the client; nothing more happens until it is wanted again), "released" (nobody wanted it any more).
+    """
+
+    id: int
+    model: str
+    cause: str
+    next: Literal["replaced", "retried", "refused", "released"]
+    retry_s: float = 0.0
+
+
+class Exited(Struct, tag="exited", tag_field="word"):
+    """The newest exit record, for `/health`."""
+
+    record: ExitRecord
+
+
+class Drain(Struct, tag="drain", tag_field="word"):
+    """Stop accepting, end what runs within `limit_s`, then exit."""
+
+    limit_s: float
+
+
+# --- the link: supervisor -> engine, supervisor -> any child ---------------------------------------------------------------
+
+
+class Load(Struct, tag="load", tag_field="word"):
+    """Sent once to a blank engine."""
+
+    model: str
+    directory: str
+
+
+class Stop(Struct, tag="stop", tag_field="word"):
+    """End now, within a second: nobody needs you any more."""
+
+
+class Reopen(Struct, tag="reopen", tag_field="word"):
+    """Open your log file anew."""
+
+
+ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled
+SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Stop | Reopen
+
+# --- the engine's socket: server -> engine -----------------------------------------------------------------------------------
+
+
+class Sampling(Struct, kw_only=True, frozen=True):
+    """How position i of one request is drawn: u = hash(seed, i), inverse CDF over the filtered distribution.
+
+    `temperature` 0: greedy. `top_k` 0, `top_p` 1, `min_p` 0: filter off.
+    """
+
+    seed: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Submit(Struct, tag="submit", kw_only=True):
+    """One job. Exactly one of `messages` (rendered through the chat template), `prompt` (text, untouched) and `prompt_ids` is given.
+
+    `emitted` are tokens that an earlier engine already produced: they are prefilled after the prompt and generation goes on at
+    position len(emitted). `max_tokens` counts them too; None: until the context is full. `think` None: what the template does
+    by itself. `num_ctx` None: the model's own context.
+    """
+
+    job: int
+    sampling: Sampling
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    think: bool | None = None
+    prompt: str | None = None
+    prompt_ids: list[int] | None = None
+    emitted: list[int] = []
+    max_tokens: int | None = None
+    num_ctx: int | None = None
+    stop: list[str] = []
+    #: Drop oldest messages that are not system messages until the prompt fits; False: a prompt too long fails.
+    truncate: bool = False
+
+
+class Cancel(Struct, tag="cancel"):
+    job: int
+
+
+ToEngine = Submit | Cancel
+
+# --- the engine's socket: engine -> server -----------------------------------------------------------------------------------
+
+
+class Loaded(Struct, tag="loaded", kw_only=True):
+    """First frame on every connection: what this engine serves."""
+
+    pid: int
+    model: str
+    context_length: int
+
+
+class Accepted(Struct, tag="accepted"):
+    """The prompt is tokenised. `cached`: how many of its tokens the prefix cache supplied."""
+
+    job: int
+    prompt_ids: list[int]
+    cached: int
+
+
+class Progress(Struct, tag="progress"):
+    """Prompt tokens prefilled so far, of all."""
+
+    job: int
+    done: int
+    total: int
+
+
+class Token(Struct, tag="token"):
+    """New tokens of a job and the text that has become certain by them (often "": held back for a stop string or an unfinished
+    character). The joined text of a job is its answer. `thinking`: the text stands inside the model's thinking tags."""
+
+    job: int
+    ids: list[int]
+    text: str
+    thinking: bool = False
+
+
+class Done(Struct, tag="done", kw_only=True):
+    """The job's end. `reason`: "stop" (end token or stop string), "length". Durations in ns, measured in the engine:
+    `prompt_ns` from the first prefill step to the first token, `eval_ns` from there to the last."""
+
+    job: int
+    reason: Literal["stop", "length"]
+    stop_string: str | None = None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    prompt_ns: int
+    eval_ns: int
+
+
+class Failed(Struct, tag="failed"):
+    """The job cannot be done. `status` is the HTTP status that fits; `message` a sentence for the client."""
+
+    job: int
+    status: int
+    message: str
+
+
+class Pulse(Struct, tag="pulse"):
+    """The engine's counters, each second, so that `/health` can tell ages."""
+
+    counters: Counters
+
+
+Event = Accepted | Progress | Token | Done | Failed
+
+
+class Step(Struct, tag="step"):
+    """All that one batch step brought to this connection."""
+
+    events: list[Event]
+
+
+FromEngine = Loaded | Step | Pulse
+
+# --- framing -----------------------------------------------------------------------------------------------------------------
+
+#: A frame is a big-endian length and that many bytes of msgpack. 64 MiB holds a 32 MiB body with room to spare.
+LENGTH = struct.Struct(">I")
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+#: A line on a link; words are small (an exit record carries 8 KB of text and a stack).
+MAX_LINE_BYTES = 256 * 1024
+
+_json = msgspec.json.Encoder()
+_msgpack = msgspec.msgpack.Encoder()
+
+
+def line(word: ChildWord | SupervisorWord) -> bytes:
+    """A word for a link, newline included."""
+    return _json.encode(word) + b"\n"
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """A message for an engine's socket, length included. Raises ValueError over MAX_FRAME_BYTES."""
+    body = _msgpack.encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return LENGTH.pack(len(body)) + body
+
+
+#: Decoders raise msgspec.ValidationError or msgspec.DecodeError on anything else.
+child_words = msgspec.json.Decoder(ChildWord)
+supervisor_words = msgspec.json.Decoder(SupervisorWord)
+to_engine = msgspec.msgpack.Decoder(ToEngine)
+from_engine = msgspec.msgpack.Decoder(FromEngine)
