@@ -1,0 +1,5 @@
+"""`python -m mlxd`."""
+
+from mlxd.cli import main
+
+main()

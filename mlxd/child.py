@@ -1,0 +1,383 @@
+"""One child: a slot for a process. Spawning, its link, its log file, the rungs of the stop ladder, its exit record.
+
+Acts and remembers, decides nothing: what happens next is asked of `policy` by the supervisor, which alone writes `state` and
+`wanted`. Knows no HTTP and no models, only the words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import psutil
+
+from mlxd.config import Config
+from mlxd.link import ChildSettings, Link
+from mlxd.messages import Bye, Counters, ExitRecord
+from mlxd.paths import Paths, read_small
+from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
+
+#: Last words of a child that an exit record keeps (Ollama keeps as much).
+LAST_WORDS_BYTES = 8 * 1024
+#: A kill counts as the machine's own when less than this part of memory was left.
+LOW_MEMORY = 0.05
+#: Over this footprint a KILL is followed by a look whether the memory came back.
+HEAVY_BYTES = 2 * 1024**3
+#: sysexits' EX_CONFIG: a retry would fail the same way.
+EX_CONFIG = 78
+
+#: What a child may know of our environment: no tokens, no keys.
+ENVIRONMENT = frozenset(
+    {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "HF_HOME", "HF_HUB_CACHE"}
+    | {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH"}
+    | {"CUDA_VISIBLE_DEVICES"}
+)
+ENVIRONMENT_PREFIXES = ("LC_", "XDG_", "MLX_METAL_", "OMP_", "OPENBLAS_", "VECLIB_", "MLXD_FAKE_")
+
+Kind = Literal["server", "engine"]
+
+
+@dataclass(eq=False)
+class Child:
+    """A slot. `model`: of an engine, what it is for (None: a blank one). Times are of the monotonic clock, seconds."""
+
+    kind: Kind
+    slot: int
+    model: str | None = None
+    directory: str = ""
+    preload: bool = False
+
+    wanted: bool = True
+    state: State = State.STOPPED
+    drain_s: float = 0.0  # of a server: how long it may take to end its streams
+    retry_s: float = 0.0  # in BACKOFF and COOLDOWN: until the next try
+    hold: str = ""  # why HELD, in words
+    hold_cause: Literal["", "fault", "memory", "unkillable"] = ""
+    restarts: int = 0
+    trial: bool = False
+    ordered: bool = False  # mlxd ends this process for reasons that are not its fault
+    refusal: str | None = None  # the engine's own sentence why this model cannot be loaded
+    suspicion: str = ""  # why the ladder was begun, for the exit record
+    counted: list[float] = field(default_factory=list)
+    deaths: list[float] = field(default_factory=list)
+    lost_bytes: int = 0  # footprint of a heavy process that was killed, and what was available then
+    available_bytes: int = 0
+
+    pid: int | None = None
+    process: subprocess.Popen[bytes] | None = None
+    link: Link | None = None
+    identity: float = 0.0
+    since: float = 0.0  # when this process was spawned
+    ready_at: float | None = None
+    at_ready: Counters = field(default_factory=Counters)
+    counters: Counters = field(default_factory=Counters)
+    beat_at: float = 0.0
+    moved_at: float = 0.0
+    suspect: bool = False
+    memory_bytes: int = 0
+    bye: Bye | None = None
+    log_start: int = 0
+
+    @property
+    def name(self) -> str:
+        """server, engine-1, engine-2..."""
+        return "server" if self.kind == "server" else f"engine-{self.slot}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.model})" if self.model else self.name
+
+    # --- life, read downward -------------------------------------------------------------------------------------------
+
+    def spawn(self, argv: list[str], settings: ChildSettings, pass_fds: list[int], now: float) -> socket.socket:
+        """Start the process and return our end of its link. Raises OSError when there is no such program or no room for it.
+
+        Its own session, so that neither a terminal's Ctrl-C nor whoever kills us reaches it unasked; no fork hooks.
+        """
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        log = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self.log_start = os.fstat(log).st_size
+        Path(settings.stack).unlink(missing_ok=True)
+        settings.link_fd = theirs.fileno()
+        environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
+        try:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=[theirs.fileno(), *pass_fds],
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            os.close(log)
+            theirs.close()
+        self.pid = self.process.pid
+        # The loop reaps by waitpid; a Popen that is garbage collected unreaped would let the next one steal the status.
+        self.process.returncode = 0
+        self.since = self.beat_at = self.moved_at = now
+        self.identity = start_identity(self.pid) or 0.0
+        return ours
+
+    def observe(self, counters: Counters, now: float) -> None:
+        """A beat. Movement of a counter is progress; the beat itself only says that the loop turns."""
+        before = self.counters
+        if any(getattr(before, k) != getattr(counters, k) for k in ("prefilled", "emitted", "finished", "loaded")):
+            self.moved_at = now
+        self.counters, self.beat_at, self.suspect = counters, now, False
+
+    def signal(self, number: int) -> None:
+        """To the process's whole group. Until we reap it, its number cannot be anybody else's."""
+        if self.process is not None and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+
+    def dump_stack(self) -> None:
+        """Ask this process alone for its stacks; they appear in its dump file, even when native code holds the interpreter."""
+        if self.process is not None and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+
+    def terminate(self) -> None:
+        """TERM stays pending on a stopped process, so CONT follows it."""
+        self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
+    def buried(self, status: int | None, now: float, paths: Paths, error: str = "") -> tuple[Death, ExitRecord]:
+        """The process has ended with this wait status (None: it never began, `error` says why). Returns what it means and what is kept of it;
+        the slot is free for the next process."""
+        number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+        code = os.WEXITSTATUS(status) if status is not None and os.WIFEXITED(status) else None
+        words = error or last_words(paths.log(self.name), self.log_start)
+        stack = read_small(paths.dump(self.name), 64 * 1024)
+        memory = psutil.virtual_memory()
+        starved = number == signal.SIGKILL and not self.suspicion and memory.available < LOW_MEMORY * memory.total
+        cause = self.cause(number, code, starved, words, error)
+        death = Death(
+            wanted=self.wanted,
+            ordered=self.ordered,
+            unfit=bool(self.hold) or code == EX_CONFIG,
+            productive=self.ready_at is not None
+            and (
+                self.counters.finished > self.at_ready.finished
+                or self.counters.emitted >= self.at_ready.emitted + PRODUCTIVE_TOKENS
+            ),
+            pressure=cause == "memory",
+            outside=number in (signal.SIGKILL, signal.SIGTERM) and not self.suspicion,
+        )
+        if number == signal.SIGKILL and self.memory_bytes > HEAVY_BYTES:
+            self.lost_bytes, self.available_bytes = self.memory_bytes, memory.available
+        record = ExitRecord(
+            ts=timestamp(),
+            child=self.kind,
+            slot=self.slot,
+            pid=self.pid or 0,
+            model=self.model,
+            cause=cause,
+            signal=number,
+            code=code if code is not None or number is not None else 127,
+            up_s=round(now - self.since, 3) if self.pid else 0.0,
+            memory_bytes=self.memory_bytes,
+            running=self.counters.running,
+            text=words if self.bye is None or not self.bye.text else self.bye.text,
+            stack=stack.decode(errors="replace") if stack else None,
+        )
+        if self.link is not None:
+            self.link.close()
+        self.pid = self.process = self.link = self.bye = self.ready_at = None
+        self.counters, self.at_ready, self.memory_bytes = Counters(), Counters(), 0
+        self.ordered = self.suspect = False
+        self.suspicion = ""
+        self.deaths = [t for t in self.deaths if t > now - 3600] + [now]
+        if death.counts and death.wanted:
+            self.counted.append(now)
+        return death, record
+
+    def cause(self, number: int | None, code: int | None, starved: bool, words: str, error: str) -> str:
+        """One word for the exit record; a person's own words follow in its text."""
+        if error:
+            return "spawn"
+        if self.suspicion:
+            return self.suspicion
+        if self.ordered or not self.wanted:
+            return "stopped"
+        if self.bye is not None:
+            return self.bye.cause
+        if starved or "Insufficient Memory" in words or "MemoryError" in words:
+            return "memory"
+        if number is not None:
+            named = {signal.SIGKILL: "killed", signal.SIGABRT: "aborted", signal.SIGSEGV: "segfault", signal.SIGBUS: "segfault"}
+            return named.get(signal.Signals(number), "terminated" if number == signal.SIGTERM else "signal")
+        if code == EX_CONFIG:
+            return "configuration"
+        return "exited" if code == 0 else "error"
+
+    def measure(self) -> None:
+        """Bring `memory_bytes` up to date; 0 when the process cannot be seen."""
+        self.memory_bytes = footprint(self.pid) if self.pid is not None else 0
+
+    def memory_is_back(self) -> bool:
+        """Whether 80 % of what a killed heavy process held is available again: one report has 414 of 424 GiB wired until reboot
+        (omlx#2184), and the next load makes it worse."""
+        if not self.lost_bytes:
+            return True
+        if psutil.virtual_memory().available >= self.available_bytes + 0.8 * self.lost_bytes:
+            self.lost_bytes = 0
+        return not self.lost_bytes
+
+
+def command(kind: Kind, config: Config) -> list[str]:
+    """What to run for a child of this kind."""
+    own = config.server.command if kind == "server" else config.engine.command
+    return own or [sys.executable, "-m", f"mlxd.{kind}"]
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of our environment a child gets."""
+    return {k: v for k, v in environ.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
+
+
+def start_identity(pid: int) -> float | None:
+    """When the kernel started this process, in its own units; None when there is none. With the boot id and the number it names one process for
+    ever: Linux tells clock ticks since boot, macOS a time that does not move with NTP."""
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        return float(stat.rpartition(b")")[2].split()[19])
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def boot_id() -> str:
+    """Names this boot of the machine."""
+    if sys.platform == "linux":
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    ran = subprocess.run(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, timeout=5, check=False)
+    return ran.stdout.strip()
+
+
+def footprint(pid: int) -> int:
+    """Memory that the system would get back, bytes: what jetsam counts on macOS, resident memory elsewhere. 0: cannot be told."""
+    if sys.platform == "darwin":
+        return darwin_footprint(pid)
+    try:
+        # /proc/PID/statm: size resident shared ..., in pages. psutil costs 10 times as much, each second, for ever.
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def darwin_footprint(pid: int) -> int:
+    """ri_phys_footprint of proc_pid_rusage, which psutil lacks; its RSS misses Metal's memory (omlx#1040)."""
+    import ctypes
+
+    class Usage(ctypes.Structure):  # rusage_info_v2, <sys/resource.h>
+        _fields_ = [("uuid", ctypes.c_uint8 * 16), *((f"f{n}", ctypes.c_uint64) for n in range(18))]
+
+    usage = Usage()
+    libproc = ctypes.CDLL("/usr/lib/libproc.dylib")
+    if libproc.proc_pid_rusage(pid, 2, ctypes.byref(usage)) != 0:
+        return 0
+    # user_time, system_time, pkg_idle_wkups, interrupt_wkups, pageins, wired_size, resident_size, phys_footprint
+    return int(usage.f7)
+
+
+def last_words(log: Path, start: int) -> str:
+    """The end of what a process wrote to its log since `start`, at most LAST_WORDS_BYTES."""
+    try:
+        with open(log, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(min(start, size), size - LAST_WORDS_BYTES))
+            return file.read(LAST_WORDS_BYTES).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> bool:
+    """Keep the last `keep_bytes` of a log over `most_bytes`; True if it was. The writer's O_APPEND goes on at the new end; what it
+    writes between the read and the truncate is lost, and that is accepted."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    with os.fdopen(fd, "r+b") as file:
+        size = os.fstat(fd).st_size
+        if size <= most_bytes:
+            return False
+        file.seek(size - keep_bytes)
+        kept = file.read(keep_bytes)
+        file.seek(0)
+        file.truncate(0)
+        file.write(kept)
+    return True
+
+
+# --- leftovers of an earlier run --------------------------------------------------------------------------------------------
+
+
+class Leftover(msgspec.Struct):
+    """What state.json tells about a child, enough to prove later that a process is it."""
+
+    pid: int
+    identity: float
+    nonce: str
+    name: str
+
+
+def is_ours(left: Leftover) -> bool:
+    """Whether the process with this number is the very one: same start in the same boot (the caller's part), and our nonce in its
+    environment. A number alone proves nothing: it is reused."""
+    if start_identity(left.pid) != left.identity:
+        return False
+    try:
+        settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
+    except psutil.Error:
+        return False
+    try:
+        return bool(json.loads(settings)["nonce"] == left.nonce)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def sweep(leftovers: list[Leftover], term_s: float, kill_s: float) -> list[Leftover]:
+    """End what an earlier supervisor left behind: TERM, then KILL, to each group. Blocks; returns those that are still there."""
+    for number, patience in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
+        leftovers = [left for left in leftovers if is_ours(left)]
+        for left in leftovers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(left.pid, number)
+                os.killpg(left.pid, signal.SIGCONT)
+        end = time.monotonic() + patience
+        while leftovers and time.monotonic() < end:
+            time.sleep(0.02)
+            leftovers = [left for left in leftovers if is_ours(left)]
+    return leftovers
+
+
+def timestamp() -> str:
+    """Now, for paper: RFC 3339 in UTC, microseconds."""
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"

@@ -1,0 +1,1039 @@
+"""The supervisor: the one loop that owns every process.
+
+Everything that happens arrives here as a call in one asyncio loop: words on links, exits, signals, timers, polls, file changes, verbs of the
+command line. `policy` says what it means; `perform` does it. Nobody else writes the state of a child.
+
+Run as `python -m mlxd.supervisor [--set section.key=JSON ...]`. Imports neither mlx nor a web framework: it idles at some 30 MB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import faulthandler
+import fcntl
+import json
+import logging
+import os
+import random
+import secrets
+import signal
+import socket
+import stat
+import sys
+from collections import deque
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mlxd import __version__, child, config, control, link, messages, monitor, paths, policy, ports
+from mlxd.child import Child, Leftover
+from mlxd.config import Config
+from mlxd.errors import ConfigError, MlxdError
+from mlxd.messages import EngineDown, EngineUp, ExitRecord
+from mlxd.policy import Action, Event, Health, State
+from mlxd.standin import StandIn
+
+log = logging.getLogger("mlxd")
+
+KEPT_EXITS = 50
+#: A draining server is given this much beyond its limit before TERM.
+DRAIN_MARGIN_S = 3.0
+#: How long the words of a process that has ended may take to arrive: its end of the link is closed, so they are there.
+LAST_WORDS_S = 0.25
+#: After a heavy process was killed: how often its memory is looked for, and how long at that pace.
+MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
+#: A lock, a PID file that vanished unseen: looked for every so many ticks.
+LOOK_TICKS = 30
+
+EXPECTING = (
+    State.LOADING,
+    State.DRAINING,
+    State.STOPPING,
+    State.KILLING,
+)  # a `ready` may come, if only because it crossed our word
+RUNNING = (State.BLANK, State.LOADING, State.READY, State.DRAINING)
+
+
+class Supervisor:
+    """Owns the public sockets, the lock, the PID file, the control socket and every child."""
+
+    def __init__(self, where: paths.Paths, loaded: config.Loaded, flags: dict[str, Any], lock: int):
+        self.paths = where
+        self.config: Config = loaded.config
+        self.flags = flags
+        self.lock = lock
+        self.nonce = secrets.token_hex(16)
+        self.boot = child.boot_id()
+        self.server: Child | None = None
+        self.retired: list[Child] = []  # servers that drain while a newer one accepts
+        self.engines: list[Child] = []
+        self.timers: dict[Child, asyncio.TimerHandle] = {}
+        self.readers: dict[Child, asyncio.Task[Any]] = {}
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.poll: asyncio.Task[None] | None = None
+        self.unserved: asyncio.TimerHandle | None = None  # runs since the last server stopped accepting
+        self.sockets: list[socket.socket] = []
+        self.standin = StandIn(self.why_not, self.health_of_none)
+        self.exits: deque[ExitRecord] = deque(maxlen=KEPT_EXITS)
+        self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
+        self.first_token = False  # a preloaded model has given one in this run
+        self.stopping = 0  # how many times we were told to
+        self.port_problem = ""
+        self.config_problem = ""
+        self.waiting_changes: list[str] = []
+        self.polls: list[bool] = []
+        self.ticks = 0
+
+    # --- life, read downward -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Until every child is gone after a stop; the exit status."""
+        self.loop = asyncio.get_running_loop()
+        self.done = asyncio.Event()
+        self.started = self.moved_at = self.loop.time()
+        self.watch_signals()
+        become_subreaper()
+        self.sweep()
+        self.write_pid()
+        self.control = await control.serve(self.paths.control, self.verbs())
+        self.files = self.watch_files()
+        self.bind()
+        self.begin()
+        ticker, done = asyncio.create_task(self.tick_forever()), asyncio.create_task(self.done.wait())
+        await asyncio.wait([ticker, done], return_when=asyncio.FIRST_COMPLETED)
+        if ticker.done():
+            ticker.result()  # a bug of ours: end loudly; the links close, and launchd or systemd starts us again
+        ticker.cancel()
+        self.end()
+        return 0
+
+    def begin(self) -> None:
+        """Want a server, and an engine that imports while the server does."""
+        if self.port_problem or self.stopping:
+            return
+        self.server = Child("server", 0)
+        self.handle(self.server, Event.WANTED)
+        if not self.engines:
+            self.new_engine(None, "", preload=False)
+
+    def stop(self, why: str) -> None:
+        """Drain and stop; the second time skips the drain, the third kills."""
+        self.stopping += 1
+        if self.stopping == 1:
+            log.info("stopping: %s", why)
+            self.standin.close()
+            for one in list(self.servers()):
+                self.retire(one, self.config.server.drain_s)
+            self.end_engines()
+        elif self.stopping == 2:
+            log.info("stopping without draining: %s", why)
+            for one in self.children():
+                one.wanted = False
+                self.handle(one, Event.HURRIED)
+        elif self.stopping == 3:
+            log.info("killing: %s", why)
+            for one in self.children():
+                while one.process is not None and one.state not in (State.KILLING, State.HELD):
+                    self.handle(one, Event.HURRIED)
+        self.check_done()
+
+    def end_engines(self) -> None:
+        """Engines are needed until the last server has ended its streams."""
+        if self.stopping and not list(self.servers()):
+            for engine in list(self.engines):
+                self.unwant(engine)
+
+    def check_done(self) -> None:
+        if self.stopping and all(one.process is None or one.hold_cause == "unkillable" for one in self.children()):
+            self.done.set()
+
+    def end(self) -> None:
+        """Leave nothing behind but logs and the exit records."""
+        self.files.stop()
+        self.standin.close()
+        self.control.close()
+        for sock in self.sockets:
+            sock.close()
+        for timer in self.timers.values():
+            timer.cancel()
+        self.remember()
+        for path in (self.paths.control, self.paths.state):
+            path.unlink(missing_ok=True)
+        if paths.read_small(self.paths.pid_file) == self.pid_text():
+            self.paths.pid_file.unlink(missing_ok=True)
+        log.info("stopped")
+
+    # --- children ----------------------------------------------------------------------------------------------------------------
+
+    def servers(self) -> Iterator[Child]:
+        """The server that accepts (or should), then those that drain."""
+        if self.server is not None:
+            yield self.server
+        yield from list(self.retired)
+
+    def children(self) -> list[Child]:
+        return [*self.servers(), *self.engines]
+
+    def handle(self, one: Child, event: Event) -> None:
+        """One event of one child: the table says what it means, then it is done."""
+        before = one.state
+        one.state, action = policy.step(before, event)
+        if one.state is not before or action is Action.SPAWN:
+            self.moved_at = self.loop.time()
+            self.set_deadline(one, self.patience(one))
+            text = f", {one.hold}" if one.state is State.HELD and one.hold else ""
+            log.info("%s: %s -> %s (%s)%s", one.title, before.value, one.state.value, event.value, text)
+        self.perform(one, action)
+        if one.state is State.STOPPED:
+            self.forget(one)
+        self.mind_the_port()
+
+    def perform(self, one: Child, action: Action) -> None:
+        match action:
+            case Action.SPAWN:
+                self.spawn(one)
+            case Action.ORDER if one.link is not None and one.model is not None:
+                one.link.send(messages.Load(one.model, one.directory))
+            case Action.DRAIN if one.link is not None:
+                one.link.send(messages.Drain(one.drain_s) if one.kind == "server" else messages.Stop())
+            case Action.TERMINATE:
+                one.terminate()
+            case Action.KILL:
+                one.kill()
+            case Action.ANNOUNCE:
+                self.announce(one)
+            case _:
+                pass
+
+    def patience(self, one: Child) -> float | None:
+        """Seconds that the child's state may last before it is LATE; None for as long as it likes. BACKOFF and COOLDOWN: `retry_s`."""
+        limits = self.config.supervisor
+        match one.state:
+            case State.STARTING:
+                return limits.hello_s
+            case State.LOADING:
+                return limits.load_stall_s
+            case State.DRAINING:
+                return one.drain_s + DRAIN_MARGIN_S if one.kind == "server" else limits.term_s
+            case State.STOPPING:
+                return limits.term_s
+            case State.KILLING:
+                return limits.kill_s
+            case State.BACKOFF | State.COOLDOWN:
+                return one.retry_s
+            case _:
+                return None
+
+    def set_deadline(self, one: Child, seconds: float | None) -> None:
+        if timer := self.timers.pop(one, None):
+            timer.cancel()
+        if seconds is not None:
+            self.timers[one] = self.loop.call_later(seconds, self.late, one)
+
+    def late(self, one: Child) -> None:
+        del self.timers[one]
+        if one.state is State.LOADING:
+            one.suspicion = "stalled"
+            one.dump_stack()
+        elif one.state is State.STARTING:
+            one.suspicion = "no hello"
+        elif one.state is State.KILLING:
+            one.hold = f"pid {one.pid} does not die; a reboot may be needed"
+            one.hold_cause = "unkillable"
+        elif one.state is State.COOLDOWN:
+            one.trial = True
+        self.handle(one, Event.LATE)
+
+    def spawn(self, one: Child) -> None:
+        """A new process in the slot. A program that cannot be started has ended, too."""
+        one.hold = one.hold_cause = ""
+        one.refusal = None
+        if one.deaths:
+            one.restarts += 1
+        settings = link.ChildSettings(
+            config=self.config,
+            link_fd=-1,
+            slot=one.slot,
+            nonce=self.nonce,
+            log=str(self.paths.log(one.name)),
+            stack=str(self.paths.dump(one.name)),
+            listen_fds=[s.fileno() for s in self.sockets] if one.kind == "server" else [],
+            socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
+            view=str(self.paths.views / one.name) if one.kind == "engine" else "",
+        )
+        try:
+            end = one.spawn(child.command(one.kind, self.config), settings, settings.listen_fds, self.loop.time())
+        except OSError as error:
+            program = child.command(one.kind, self.config)[0]
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                one.hold, one.hold_cause = f"cannot start {program}: {error.strerror}", "fault"
+            self.loop.call_soon(self.ended, one, None, f"cannot start {program}: {error.strerror}")
+            return
+        self.readers[one] = self.keep(self.listen(one, end))
+        self.remember()
+
+    def keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that is not garbage collected."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def reap(self) -> None:
+        """SIGCHLD: every process that has ended, ours or (as subreaper) left to us by one of ours."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            one = next((c for c in self.children() if c.pid == pid and c.process is not None), None)
+            if one is None:
+                log.info("reaped pid %d, a grandchild", pid)
+                continue
+            one.kill()  # what it forked is still in its group
+            one.process = None
+            self.keep(self.bury(one, status))
+
+    async def bury(self, one: Child, status: int) -> None:
+        """Hear the last words of a process that has ended, then say so."""
+        if reader := self.readers.pop(one, None):
+            await asyncio.wait([reader], timeout=LAST_WORDS_S)
+            reader.cancel()
+        self.ended(one, status)
+
+    def ended(self, one: Child, status: int | None, error: str = "") -> None:
+        """A process has ended: one exit record, one event, one word to the servers."""
+        now = self.loop.time()
+        self.set_deadline(one, None)
+        if one.refusal is not None or one in self.retired:
+            one.wanted = False
+        death, record = one.buried(status, now, self.paths, error)
+        limits = self.config.supervisor
+        patience = policy.Limits(
+            limits.backoff_first_s, limits.backoff_most_s, limits.healthy_s, limits.deaths, limits.window_s, limits.cooldown_s
+        )
+        event = policy.verdict(death, one.counted, one.trial, now, patience)
+        if event is Event.UNFIT and not one.hold:
+            one.hold, one.hold_cause = f"{one.name} says its configuration is wrong: {last_line(record.text)}", "fault"
+        elif event in (Event.DIED, Event.FAILED) and not one.memory_is_back():
+            event = Event.UNFIT
+            one.hold, one.hold_cause = "the memory of the killed engine has not come back; a reboot may be needed", "memory"
+            self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
+        one.retry_s = policy.delay(death, event, len(one.counted), random.random(), patience)
+        self.record(record)
+        if one.kind == "engine" and one.model is not None:
+            self.tell_engine_down(one, event, record)
+        self.handle(one, event)
+        self.remember()
+
+    def tell_engine_down(self, engine: Child, event: Event, record: ExitRecord) -> None:
+        assert engine.model is not None
+        if engine.refusal is not None:
+            if engine.preload:
+                self.refusals[engine.model] = engine.refusal
+            self.tell_servers(EngineDown(engine.slot, engine.model, engine.refusal, "refused"))
+        elif event is Event.GONE:
+            self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "released"))
+        elif event is Event.DIED:
+            self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "replaced"))
+        else:
+            wait_s = self.config.supervisor.cooldown_s if event is Event.UNFIT else engine.retry_s
+            self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "retried", wait_s))
+
+    def record(self, record: ExitRecord) -> None:
+        how = f"signal {record.signal}" if record.signal is not None else f"status {record.code}"
+        log.info("%s pid %d ended: %s (%s) after %.1f s", record.child, record.pid, record.cause, how, record.up_s)
+        self.exits.append(record)
+        self.tell_servers(messages.Exited(record))
+        with contextlib.suppress(OSError):  # a full disk: the record stays in memory
+            lines = b"".join(msgspec.json.encode(r) + b"\n" for r in self.exits)
+            paths.write_atomically(self.paths.exits, lines)
+
+    def forget(self, one: Child) -> None:
+        """A child that is stopped and wanted by nobody leaves the lists; the slot's number is free again."""
+        if one.process is not None:
+            return
+        if one is self.server:
+            self.server = None
+        with contextlib.suppress(ValueError):
+            self.retired.remove(one)
+        with contextlib.suppress(ValueError):
+            self.engines.remove(one)
+        self.end_engines()
+        self.check_done()
+
+    def retire(self, server: Child, drain_s: float) -> None:
+        """This server is not wanted any more and may take `drain_s` to end its streams."""
+        server.drain_s = drain_s
+        if server is self.server:
+            self.server = None
+            self.retired.append(server)
+        if server.state is State.DRAINING:  # for a replacement; now there is less time
+            self.perform(server, Action.DRAIN)
+            self.set_deadline(server, self.patience(server))
+        self.unwant(server)
+
+    def unwant(self, one: Child) -> None:
+        one.wanted = False
+        self.handle(one, Event.UNWANTED)
+
+    # --- words on links ------------------------------------------------------------------------------------------------------------
+
+    async def listen(self, one: Child, end: socket.socket) -> None:
+        """All words of one process, until its link closes."""
+        pid = one.pid
+        one.link = mine = await link.Link.open(end, messages.child_words)
+        try:
+            while (word := await mine.read()) is not None:
+                self.hear(one, word)
+        except ValueError as error:
+            log.warning("%s: %s", one.title, error)
+        # A process that has closed its link or babbles is of no use; one that has ended gets no further than this wait.
+        await asyncio.sleep(link.LAST_S + 1.0)
+        if one.pid == pid and one.process is not None and one.state in RUNNING:
+            one.suspicion = "link closed"
+            self.handle(one, Event.SICK)
+
+    def hear(self, one: Child, word: messages.ChildWord) -> None:
+        match word:
+            case messages.Hello():
+                self.greet(one, word)
+            case messages.Beat(counters):
+                loaded = one.counters.loaded
+                one.observe(counters, self.loop.time())
+                if one.state is State.LOADING and counters.loaded != loaded:
+                    self.moved_at = self.loop.time()
+                    self.set_deadline(one, self.patience(one))
+            case messages.Ready() if one.ready_at is None and one.state in EXPECTING:
+                one.ready_at, one.at_ready = self.loop.time(), one.counters
+                self.handle(one, Event.READIED)
+            case messages.Bye():
+                one.bye = word
+                if word.cause == "refused" and one.kind == "engine" and one.model is not None:
+                    one.refusal = word.text
+            case messages.Want() if one.kind == "server" and one.state is not State.DRAINING:
+                self.want(word)
+            case messages.Release(model) if one.kind == "server" and one.state is not State.DRAINING:
+                for engine in self.engines:
+                    if engine.model == model and engine.wanted:
+                        self.unwant(engine)
+                        break
+            case messages.Stalled(slot):
+                log.warning("%s says engine-%d makes no progress", one.name, slot)
+            case _:
+                log.warning("%s: unexpected word %s", one.title, type(word).__name__)
+
+    def greet(self, one: Child, hello: messages.Hello) -> None:
+        if one.state not in (State.STARTING, State.STOPPING, State.KILLING):
+            log.warning("%s says hello twice", one.title)
+            return
+        problem = ""
+        if hello.protocol != messages.PROTOCOL:
+            problem = (
+                f"{one.name} speaks protocol {hello.protocol}, the supervisor {messages.PROTOCOL}: run `mlxd restart --supervisor`"
+            )
+        elif (hello.kind, hello.pid, hello.nonce) != (one.kind, one.pid, self.nonce):
+            problem = f"{one.name} is not the process that was started: it says it is {hello.kind} {hello.pid}"
+        if problem and one.state is State.STARTING:
+            one.hold, one.hold_cause, one.suspicion = problem, "fault", "protocol"
+            self.handle(one, Event.SICK)
+            return
+        self.handle(one, Event.GREETED)
+        may_be_ordered = Event.ORDERED in policy.TRANSITIONS[one.state]
+        if may_be_ordered and (one.kind == "server" or one.model is not None):
+            self.handle(one, Event.ORDERED)
+        if one.kind == "server" and one.link is not None:
+            for engine in self.engines:
+                if engine.state is State.READY:
+                    one.link.send(self.engine_up(engine))
+            if self.exits:
+                one.link.send(messages.Exited(self.exits[-1]))
+
+    def announce(self, one: Child) -> None:
+        """It is ready: tell whom it concerns."""
+        if one.kind == "engine":
+            if one.preload:
+                self.first_token = True
+            self.tell_servers(self.engine_up(one))
+        else:
+            self.polls.clear()
+            for old in list(self.retired):
+                if old.state is State.READY:  # the successor accepts: now this one may stop
+                    self.unwant(old)
+
+    def engine_up(self, engine: Child) -> EngineUp:
+        assert engine.pid is not None and engine.model is not None
+        return EngineUp(engine.slot, engine.pid, engine.model, str(self.paths.engine_socket(engine.slot)))
+
+    def tell_servers(self, word: messages.SupervisorWord) -> None:
+        for server in self.servers():
+            if server.link is not None and server.state in RUNNING:
+                server.link.send(word)
+
+    def want(self, word: messages.Want) -> None:
+        """An engine for this model, from now on; the latest wish wins over a stop under way."""
+        self.refusals.pop(word.model, None)
+        for engine in self.engines:
+            if engine.model == word.model:
+                engine.wanted = True
+                engine.preload |= word.preload
+                if engine.state is State.READY:
+                    self.tell_servers(self.engine_up(engine))
+                self.handle(engine, Event.WANTED)
+                return
+        for engine in self.engines:
+            if engine.model is None and engine.wanted and engine.state in (State.STARTING, State.BLANK, State.BACKOFF):
+                engine.model, engine.directory, engine.preload = word.model, word.directory, word.preload
+                if engine.state is State.BLANK:
+                    self.handle(engine, Event.ORDERED)
+                return
+        self.new_engine(word.model, word.directory, word.preload)
+
+    def new_engine(self, model: str | None, directory: str, preload: bool) -> None:
+        slot = next(n for n in range(1, 10_000) if all(e.slot != n for e in self.engines))
+        engine = Child("engine", slot, model, directory, preload)
+        self.engines.append(engine)
+        self.handle(engine, Event.WANTED)
+
+    # --- watching --------------------------------------------------------------------------------------------------------------------
+
+    async def tick_forever(self) -> None:
+        """Once a second: ages, sizes, memory. The only thing here that wakes without a cause."""
+        clocks = monitor.clocks()
+        last_poll = self.loop.time()
+        while True:
+            await asyncio.sleep(1.0)
+            before, clocks = clocks, monitor.clocks()
+            paused = clocks[0] - before[0] - 1.0
+            if monitor.slept(before, clocks) or paused > monitor.SLEEP_GAP_S:
+                self.wake_up()
+            self.tick()
+            if self.loop.time() - last_poll >= self.config.health.interval_s and (self.poll is None or self.poll.done()):
+                last_poll = self.loop.time()
+                self.poll = self.keep(self.poll_health())
+
+    def wake_up(self) -> None:
+        """The machine slept, or we were stopped: everything looks late now. Look again before judging."""
+        log.info("time has passed unseen; every deadline begins anew")
+        now = self.loop.time()
+        for one in self.children():
+            one.beat_at = now
+            if one in self.timers:
+                self.set_deadline(one, self.patience(one))
+
+    def tick(self) -> None:
+        now, limits = self.loop.time(), self.config.supervisor
+        self.ticks += 1
+        for one in self.children():
+            one.measure()
+            self.look_at_beats(one, now)
+            if one.state is State.READY and one.counted and one.ready_at and now - one.ready_at > limits.healthy_s:
+                one.counted.clear()
+                one.trial = False
+            if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
+                log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
+        child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
+        if self.ticks % max(1, round(limits.hold_s)) == 0:
+            self.look_at_holds()
+        if self.ticks % LOOK_TICKS == 0:
+            self.look_at_files({self.paths.pid_file, self.paths.lock})
+
+    def look_at_beats(self, one: Child, now: float) -> None:
+        if one.process is None or one.state not in RUNNING:
+            return
+        health = self.config.health
+        silent_s = now - one.beat_at
+        if silent_s > health.suspect_s and not one.suspect:
+            one.suspect = True
+            log.warning("%s has not beaten for %.1f s", one.title, silent_s)
+            one.dump_stack()
+        if silent_s > (health.frozen_loading_s if one.state is State.LOADING else health.frozen_s):
+            one.suspicion = "frozen"
+            self.handle(one, Event.SICK)
+
+    def look_at_holds(self) -> None:
+        """HELD ends when its cause does."""
+        if self.port_problem and not self.stopping:
+            self.bind()
+            self.begin()
+        for one in self.children():
+            self.await_memory(one, 0.0)
+
+    def await_memory(self, one: Child, until: float) -> None:
+        """Go on as soon as a killed process's memory is back."""
+        if one.state is not State.HELD or one.hold_cause != "memory":
+            return
+        if one.memory_is_back():
+            self.handle(one, Event.MENDED)
+        elif self.loop.time() < until:
+            self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, until)
+
+    async def poll_health(self) -> None:
+        server = self.server
+        if server is None or server.state is not State.READY or not self.sockets:
+            return
+        health, pid = self.config.health, server.pid
+        host, port = self.sockets[0].getsockname()[:2]
+        answer = await monitor.poll({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, self.nonce, health.max_time_s)
+        if server.pid != pid or server.state is not State.READY:
+            return  # about an earlier process
+        self.polls = [*self.polls[-4:], answer is monitor.Answer.OURS]
+        beat_age_s = self.loop.time() - server.beat_at
+        match policy.health(self.polls, health.misses, beat_age_s, server.counters.loop_lag_s, health.lag_s):
+            case Health.SICK:
+                log.warning("the server does not answer /health (%s)", answer.value)
+                server.suspicion = "unresponsive"
+                server.dump_stack()
+                self.handle(server, Event.SICK)
+            case Health.DOUBTFUL:
+                log.info("a health poll got no answer of ours (%s)", answer.value)
+
+    def watch_files(self) -> monitor.Files:
+        files = monitor.Files([self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files)
+        try:
+            files.start()
+        except OSError as error:
+            log.warning("files are not watched: %s; `mlxd reload` applies a change", error)
+        return files
+
+    def look_at_files(self, changed: set[Path]) -> None:
+        if self.done.is_set():
+            return
+        if self.paths.pid_file in changed and paths.read_small(self.paths.pid_file) != self.pid_text():
+            log.warning("the PID file was changed or removed; it is put back")
+            self.write_pid()
+        if self.paths.lock in changed and not same_file(self.lock, self.paths.lock):
+            log.warning("the lock file was removed; it is put back")
+            with contextlib.suppress(OSError):
+                self.lock = take_lock(self.paths.lock)
+        if changed & {self.paths.config, self.paths.env_file}:
+            with contextlib.suppress(ConfigError):  # told in `status`
+                self.reload()
+
+    def mind_the_port(self) -> None:
+        """While a server accepts, it has the port; two seconds after the last one stopped, we answer for ourselves."""
+        if self.stopping or any(s.state is State.READY for s in self.servers()):
+            self.standin.close()
+            if self.unserved is not None:
+                self.unserved.cancel()
+                self.unserved = None
+        elif self.unserved is None and self.sockets:
+            self.unserved = self.loop.call_later(self.config.supervisor.takeover_s, self.standin.open, self.sockets)
+
+    # --- the port and the files --------------------------------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Listen on the public port, or say in `port_problem` why not."""
+        try:
+            sockets = ports.bind(self.config.server)
+        except (ports.PortTaken, ConfigError) as error:
+            problem = f"port {self.config.server.port} is held by {error}" if isinstance(error, ports.PortTaken) else str(error)
+            if problem != self.port_problem:
+                log.warning("%s; mlxd starts by itself when that ends", problem)
+                self.moved_at = self.loop.time()
+            self.port_problem = problem
+            return
+        self.sockets, self.port_problem = sockets, ""
+        log.info("listening on %s", self.url())
+
+    def url(self) -> str:
+        if not self.sockets:
+            return f"http://{self.config.server.host or '127.0.0.1'}:{self.config.server.port}"
+        host, port = self.sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def pid_text(self) -> bytes:
+        return b"%d\n" % os.getpid()
+
+    def write_pid(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, a directory in its place: the lock is the truth, not this file
+            paths.write_atomically(self.paths.pid_file, self.pid_text())
+
+    def remember(self) -> None:
+        """What the next supervisor needs to find and identify what we leave behind if we are killed."""
+        left = [
+            Leftover(c.pid, c.identity, self.nonce, c.name) for c in self.children() if c.pid is not None and c.process is not None
+        ]
+        state = {"boot": self.boot, "children": left}
+        with contextlib.suppress(OSError):
+            paths.write_atomically(self.paths.state, msgspec.json.encode(state))
+
+    def sweep(self) -> None:
+        """End what an earlier run left behind, if it is provably ours."""
+        self.exits.extend(read_exits(self.paths.exits))
+        data = paths.read_small(self.paths.state, 1024 * 1024)
+        if data is None:
+            return
+        try:
+            state = msgspec.json.decode(data, type=EarlierState)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            log.warning("the state file is damaged; kept as %s.bad", self.paths.state.name)
+            with contextlib.suppress(OSError):
+                self.paths.state.replace(self.paths.state.with_suffix(".json.bad"))
+            return
+        if state.boot != self.boot:
+            return
+        found = [left for left in state.children if child.is_ours(left)]
+        if found:
+            log.warning("an earlier run left %s behind", ", ".join(f"{left.name} (pid {left.pid})" for left in found))
+            limits = self.config.supervisor
+            for left in child.sweep(found, limits.term_s, limits.kill_s):
+                log.error("%s (pid %d) of an earlier run does not die", left.name, left.pid)
+
+    # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
+
+    def watch_signals(self) -> None:
+        self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 faulthandler wants it open for ever
+        faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True, chain=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.told_to_stop, signal.Signals(number).name)
+        self.loop.add_signal_handler(signal.SIGHUP, self.told_to_reload)
+        self.loop.add_signal_handler(signal.SIGCHLD, self.reap)
+
+    def told_to_stop(self, why: str) -> None:
+        self.stop(why)
+
+    def told_to_reload(self) -> None:
+        with contextlib.suppress(ConfigError):  # told in `status` and in the log
+            self.reload()
+
+    def verbs(self) -> dict[str, control.Verb]:
+        return {"status": self.do_status, "stop": self.do_stop, "restart": self.do_restart, "reload": self.do_reload}
+
+    async def do_status(self, _: dict[str, Any]) -> dict[str, Any]:
+        return self.status()
+
+    async def do_stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        if not self.stopping:
+            self.stop("mlxd stop")
+        return {"pid": os.getpid()}
+
+    async def do_reload(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"changed": self.reload(), "waiting": self.waiting_changes}
+
+    async def do_restart(self, _: dict[str, Any]) -> dict[str, Any]:
+        """A new server beside the old one, new engines in place of the old ones, by the configuration as it is now."""
+        if self.stopping:
+            raise MlxdError("mlxd is stopping; run `mlxd start` when it has")
+        self.reload()
+        old = (self.config.server.port, self.config.server.host)
+        self.config, self.waiting_changes = self.load_config(), []
+        if (self.config.server.port, self.config.server.host) != old:
+            self.move_port()
+        self.restart_server()
+        for engine in list(self.engines):
+            engine.counted.clear()
+            engine.trial = False
+            engine.ordered = engine.process is not None
+            self.handle(engine, Event.RENEWED)
+        return {"pid": os.getpid()}
+
+    def restart_server(self) -> None:
+        """The new server starts before the old one stops; one that does not serve is simply renewed."""
+        old = self.server
+        if old is None or self.port_problem:
+            self.look_at_holds()
+        elif old.state is State.READY:
+            old.drain_s = self.config.supervisor.replace_drain_s
+            self.retired.append(old)
+            self.server = Child("server", 0, restarts=old.restarts + 1)
+            self.handle(self.server, Event.WANTED)
+        else:
+            old.counted.clear()
+            old.trial, old.ordered = False, old.process is not None
+            self.handle(old, Event.RENEWED)
+
+    def move_port(self) -> None:
+        """Listen at the new address. The old sockets live on in the old server until it has drained."""
+        self.standin.close()
+        if self.unserved is not None:
+            self.unserved.cancel()
+            self.unserved = None
+        for sock in self.sockets:
+            sock.close()
+        self.sockets = []
+        self.bind()
+
+    def load_config(self) -> Config:
+        return load(self.paths, self.flags).config
+
+    def reload(self) -> list[str]:
+        """Apply the files as they are now; returns the changed names. Raises ConfigError, and then the old configuration stays.
+
+        What only the supervisor reads is applied at once; what a server or an engine reads waits for `mlxd restart`.
+        """
+        try:
+            new = self.load_config()
+        except ConfigError as error:
+            self.config_problem = str(error)
+            log.error("the new configuration is refused, the old one stays: %s", error)
+            raise
+        self.config_problem = ""
+        changed = differences(self.config, new)
+        if changed:
+            log.info("the configuration changed: %s", ", ".join(changed))
+        held = [one for one in self.children() if one.state is State.HELD and one.hold_cause == "fault"]
+        if held or self.port_problem:  # nothing is served that a change could disturb
+            self.config, self.waiting_changes = new, []
+        else:
+            self.config = msgspec.structs.replace(self.config, supervisor=new.supervisor, health=new.health)
+            self.waiting_changes = [name for name in changed if name.split(".")[0] not in ("supervisor", "health")]
+        if changed:
+            for one in held:
+                self.handle(one, Event.RENEWED)
+            self.look_at_holds()
+        return changed
+
+    # --- what we tell ----------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[str, str | None]:
+        """The overall state, and why it is not `ready`."""
+        if self.stopping:
+            return "draining", "mlxd is stopping"
+        if self.port_problem:
+            return "held", self.port_problem
+        server = next((s for s in self.servers() if s.state is State.READY), self.server)
+        if server is None or server.state is not State.READY:
+            return self.state_without_server(server)
+        preloads = [e for e in self.engines if e.preload]
+        if not self.first_token and any(e.state not in (State.COOLDOWN, State.HELD) for e in preloads):
+            return "starting", f"{preloads[0].model} is being loaded"
+        problems = list(self.problems())
+        if problems:
+            return "degraded", "; ".join(problems)
+        return "ready", None
+
+    def state_without_server(self, server: Child | None) -> tuple[str, str]:
+        if server is not None and server.state in (State.HELD, State.COOLDOWN):
+            why = server.hold or f"the server died {len(server.counted)} times; {retry_text(self.left(server))}"
+            return server.state.value, why
+        if server is not None and server.state is State.BACKOFF:
+            return "starting", f"the server died ({self.exits[-1].cause}); {retry_text(self.left(server))}"
+        return "starting", "the server is starting"
+
+    def problems(self) -> Iterator[str]:
+        """What a person should know although requests are served."""
+        if self.config_problem:
+            yield f"the configuration is invalid, the old one is in force: {self.config_problem}"
+        for model, why in self.refusals.items():
+            yield f"{model} cannot be loaded: {why}"
+        for engine in self.engines:
+            if engine.model is None:
+                continue
+            if engine.state is State.HELD:
+                yield f"{engine.title} is held: {engine.hold}"
+            elif engine.state in (State.BACKOFF, State.COOLDOWN):
+                yield f"{engine.title} died ({self.cause_of(engine)}); {retry_text(self.left(engine))}"
+            elif engine.state is not State.READY and engine.deaths and engine.wanted:
+                yield f"{engine.title} died ({self.cause_of(engine)}) and is being replaced"
+        now, window = self.loop.time(), self.config.supervisor.window_s
+        for one in self.children():
+            recent = sum(1 for t in one.deaths if t > now - window)
+            if recent > policy.RESTLESS_DEATHS:
+                yield f"{one.title} died {recent} times in {window / 60:.0f} min"
+
+    def cause_of(self, one: Child) -> str:
+        """Of its last death."""
+        return next((r.cause for r in reversed(self.exits) if (r.child, r.slot) == (one.kind, one.slot)), "unknown")
+
+    def left(self, one: Child) -> float:
+        """Seconds until its deadline; 0.0 without one."""
+        timer = self.timers.get(one)
+        return max(0.0, timer.when() - self.loop.time()) if timer else 0.0
+
+    def why_not(self) -> str:
+        state, reason = self.state()
+        return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
+
+    def health_of_none(self) -> dict[str, object]:
+        """/health while no server answers."""
+        state, reason = self.state()
+        last = msgspec.to_builtins(self.exits[-1]) if self.exits else None
+        return {
+            "status": "loading",
+            "state": state,
+            "reason": reason,
+            "nonce": self.nonce,
+            "version": __version__,
+            "engines": [],
+            "queue": {"running": 0, "waiting": 0},
+            "memory": None,
+            "last_exit": last,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """`mlxd status --json`."""
+        now = self.loop.time()
+        state, reason = self.state()
+        notes = [f"{', '.join(self.waiting_changes)} changed: run `mlxd restart` to apply it"] if self.waiting_changes else []
+        server = self.server or next(iter(self.retired), None)
+        return {
+            "state": state,
+            "reason": reason,
+            "url": self.url(),
+            "port": self.sockets[0].getsockname()[1] if self.sockets else self.config.server.port,
+            "home": str(self.paths.home),
+            "version": __version__,
+            "supervisor": {
+                "pid": os.getpid(),
+                "up_s": round(now - self.started, 1),
+                "memory_bytes": child.footprint(os.getpid()),
+            },
+            "server": self.told(server, now) if server is not None else None,
+            "engines": [
+                self.told(e, now) | {"slot": e.slot, "model": e.model, "running": e.counters.running} for e in self.engines
+            ],
+            "last_exit": msgspec.to_builtins(self.exits[-1]) if self.exits else None,
+            "notes": notes,
+            "moved_s": round(now - self.moved_at, 1),
+            "control": str(self.paths.control),
+        }
+
+    def told(self, one: Child, now: float) -> dict[str, Any]:
+        one.measure()
+        return {
+            "pid": one.pid,
+            "state": "stopping" if one.state is State.KILLING else one.state.value,
+            "up_s": round(now - one.since, 1) if one.pid is not None else 0.0,
+            "restarts": one.restarts,
+            "memory_bytes": one.memory_bytes,
+        }
+
+
+class EarlierState(msgspec.Struct):
+    """What state.json must hold to be of use."""
+
+    boot: str
+    children: list[Leftover]
+
+
+def load(where: paths.Paths, flags: dict[str, Any]) -> config.Loaded:
+    """The configuration as a daemon reads it: its own .env only."""
+    return config.load(where.config, [where.env_file], os.environ, flags)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted names of the settings that differ."""
+    return [
+        f"{section}.{key}"
+        for section in old.__struct_fields__
+        for key in getattr(old, section).__struct_fields__
+        if getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
+    ]
+
+
+def read_exits(path: Path) -> list[ExitRecord]:
+    """The exit records of earlier runs; those that cannot be read are skipped."""
+    found = []
+    for text in (paths.read_small(path, 4 * 1024 * 1024) or b"").splitlines()[-KEPT_EXITS:]:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            found.append(msgspec.json.decode(text, type=ExitRecord))
+    return found
+
+
+def retry_text(seconds: float) -> str:
+    return f"next try in {seconds:.0f} s" if seconds >= 1 else "next try now"
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2] or "it said nothing"
+
+
+def become_subreaper() -> None:
+    """Daemonised grandchildren come back to us instead of to init (Linux only; macOS has no such thing)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+
+def take_lock(path: Path) -> int:
+    """The lock of this state directory, held until this process ends. Raises BlockingIOError when another holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def same_file(fd: int, path: Path) -> bool:
+    try:
+        there = path.lstat()
+    except OSError:
+        return False
+    mine = os.fstat(fd)
+    return stat.S_ISREG(there.st_mode) and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def running_pid(where: paths.Paths) -> int | None:
+    """The pid of a supervisor that answers on the control socket; None when none does."""
+    try:
+        return int(control.ask(where.control, "status")["supervisor"]["pid"])
+    except MlxdError:
+        return None
+
+
+def only_one(where: paths.Paths) -> int:
+    """The lock, or AlreadyRunning. The handshake comes first: a lock file may have been deleted under a living supervisor."""
+    if (pid := running_pid(where)) is not None:
+        raise AlreadyRunning(f"already running, pid {pid}")
+    try:
+        return take_lock(where.lock)
+    except BlockingIOError as error:
+        pid_text = (paths.read_small(where.pid_file, 32) or b"").decode(errors="replace").strip()
+        raise AlreadyRunning(f"already running, pid {pid_text or 'unknown'}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot open {where.lock}: {error.strerror}; remove what is there") from error
+
+
+class AlreadyRunning(MlxdError):
+    """A supervisor has this state directory. Not a failure: exit 0 keeps launchd and systemd from trying again for ever."""
+
+    exit_status = 0
+
+
+def begin_log(path: Path) -> None:
+    """Our log: one line an event, to the file, and to stderr where a person looks on."""
+    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    if sys.stderr.isatty():
+        handlers.append(logging.StreamHandler())
+    logging.raiseExceptions = False  # a full disk is no reason to stop supervising
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", handlers=handlers)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the supervisor in the foreground; the exit status. `arguments`: any number of `--set section.key=JSON`."""
+    os.umask(0o077)
+    flags = {}
+    for name, value in zip(arguments[::2], arguments[1::2], strict=True):
+        assert name == "--set", name
+        dotted, _, text = value.partition("=")
+        flags[dotted] = json.loads(text)
+    where = paths.locate()
+    try:
+        paths.prepare(where)
+        loaded = load(where, flags)
+        lock = only_one(where)
+    except AlreadyRunning as running:
+        print(running, file=sys.stderr)
+        return running.exit_status
+    except MlxdError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_status
+    begin_log(where.log("supervisor"))
+    link.raise_nofile(8192)
+    log.info("mlxd %s, pid %d, in %s", __version__, os.getpid(), where.home)
+    return asyncio.run(Supervisor(where, loaded, flags, lock).run())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""A child that misbehaves on request. It speaks the real link protocol; as a server it answers HTTP with the nonce.
+
+    python fake_child.py [--exit N] [--abort] ...
+
+Put into `server.command` or `engine.command`. `--first N FILE` limits the misbehaviour to the first N processes (counted in FILE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mlxd import __version__, link, messages
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--say", default="", help="written to stderr first")
+    parser.add_argument("--exit", type=int, help="exit with this status after hello")
+    parser.add_argument("--exit-at-once", type=int, help="exit with this status before hello")
+    parser.add_argument("--exit-loading", type=int, help="exit with this status 0.1 s into the load")
+    parser.add_argument("--abort", action="store_true", help="SIGABRT when ready")
+    parser.add_argument("--segv", action="store_true", help="SIGSEGV when ready")
+    parser.add_argument("--exit-ready", type=int, help="exit with this status when ready")
+    parser.add_argument("--no-hello", action="store_true")
+    parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--load-s", type=float, default=0.0, help="how long a load takes; it moves all the while")
+    parser.add_argument("--ignore-term", action="store_true", help="and every word that asks for an end")
+    parser.add_argument("--protocol", type=int, default=messages.PROTOCOL)
+    parser.add_argument("--wrong-nonce", action="store_true")
+    parser.add_argument("--refuse", default="", help="an engine: this model cannot be loaded")
+    parser.add_argument("--mute", action="store_true", help="a server: accepts and never answers, while it beats")
+    parser.add_argument("--lag", type=float, default=0.0, help="the loop lag that the beats tell")
+    parser.add_argument("--die-on-request", action="store_true")
+    parser.add_argument("--fork", default="", help="leave a grandchild in our group; its pid goes to this file")
+    parser.add_argument("--first", nargs=2, metavar=("N", "FILE"), help="misbehave in the first N processes only")
+    parser.add_argument("--finished", type=int, default=0, help="requests that the beats tell as finished since ready")
+    parser.add_argument("--want", default="", help="a server: want this model, preloaded")
+    parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
+    found = parser.parse_args()
+    if found.first:
+        counter = Path(found.first[1])
+        count = int(counter.read_text()) if counter.exists() else 0
+        counter.write_text(str(count + 1))
+        if count >= int(found.first[0]):
+            return parser.parse_args(["--want", found.want] if found.want else [])
+    return found
+
+
+class FakeChild:
+    def __init__(self, how: argparse.Namespace, settings: link.ChildSettings):
+        self.how = how
+        self.settings = settings
+        self.kind = "server" if settings.listen_fds else "engine"
+        self.counters = messages.Counters()
+        self.accepting: list[socket.socket] = []
+        self.ready = False
+
+    async def run(self) -> None:
+        how = self.how
+        if how.exit_at_once is not None:
+            sys.exit(how.exit_at_once)
+        self.link = await link.join(self.settings)
+        if how.fork:
+            sleeper = subprocess.Popen(["sleep", "600"])  # noqa: ASYNC220 a grandchild that outlives us
+            Path(how.fork).write_text(str(sleeper.pid))
+        if how.no_hello:
+            await asyncio.sleep(3600)
+        nonce = "wrong" if how.wrong_nonce else self.settings.nonce
+        self.link.send(messages.Hello(how.protocol, self.kind, os.getpid(), __version__, nonce))
+        if how.babble:
+            self.link.writer.write(b"what is a word?\n")
+        if how.exit is not None:
+            await self.leave(how.exit)
+        beats = asyncio.create_task(link.beat(self.link, self.count))
+        if self.kind == "server":
+            await self.serve()
+        await link.serve(self.link, self.handle, self.drained)
+        beats.cancel()
+
+    def count(self) -> messages.Counters:
+        self.counters.finished = self.how.finished if self.ready else 0
+        return messages.Counters(finished=self.counters.finished, loaded=self.counters.loaded)
+
+    async def leave(self, status: int) -> None:
+        await self.link.writer.drain()
+        sys.stderr.flush()
+        os._exit(status)
+
+    async def handle(self, word: messages.SupervisorWord) -> None:
+        match word:
+            case messages.Load(model, _):
+                await self.load(model)
+            case messages.Stop() | messages.Drain() if not self.how.ignore_term:
+                await self.leave(0)
+
+    async def drained(self) -> None:
+        if self.how.ignore_term:
+            await asyncio.sleep(3600)
+
+    async def load(self, model: str) -> None:
+        if self.how.refuse:
+            self.link.send(messages.Bye("refused", self.how.refuse))
+            await self.leave(0)
+        if self.how.exit_loading is not None:
+            await asyncio.sleep(0.1)
+            await self.leave(self.how.exit_loading)
+        end = time.monotonic() + self.how.load_s
+        while time.monotonic() < end:
+            self.counters.loaded += 1
+            await asyncio.sleep(0.05)
+        await self.be_ready(model)
+
+    async def serve(self) -> None:
+        if self.how.want:
+            self.link.send(messages.Want(self.how.want, "/nonexistent", preload=True))
+        self.accepting = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
+        for sock in self.accepting:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self.accept, sock)
+        await self.be_ready(None)
+
+    async def be_ready(self, model: str | None) -> None:
+        if self.how.never_ready:
+            return
+        self.ready = True
+        self.link.send(messages.Ready(model))
+        await self.link.writer.drain()
+        if self.how.abort:
+            os.abort()
+        if self.how.segv:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.how.exit_ready is not None:
+            await self.leave(self.how.exit_ready)
+
+    def accept(self, sock: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection, _ = sock.accept()
+            connection.setblocking(False)
+            if self.how.mute:
+                MUTED.append(connection)
+            else:
+                TASKS.append(asyncio.ensure_future(self.answer(connection)))
+
+    async def answer(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=connection)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            if self.how.die_on_request and b"/health" not in head:
+                os._exit(1)
+            body = json.dumps({"status": "ok", "nonce": self.settings.nonce, "pid": os.getpid()}).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            await writer.drain()
+        writer.close()
+
+
+MUTED: list[socket.socket] = []
+TASKS: list[asyncio.Future[None]] = []
+
+
+def main() -> None:
+    settings = link.child_settings()
+    link.become_child(settings)
+    how = parse()
+    if how.say:
+        print(how.say, file=sys.stderr, flush=True)
+    if how.ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asyncio.run(FakeChild(how, settings).run())
+
+
+if __name__ == "__main__":
+    main()
