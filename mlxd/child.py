@@ -7,7 +7,6 @@ Acts and remembers, decides nothing: what happens next is asked of `policy` by t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ import msgspec
 import psutil
 
 from mlxd.config import Config
+from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
 from mlxd.messages import Bye, Counters, ExitRecord
 from mlxd.paths import Paths, read_small
@@ -67,6 +67,7 @@ class Child:
     restarts: int = 0
     trial: bool = False
     ordered: bool = False  # mlxd ends this process for reasons that are not its fault
+    problems: list[str] = field(default_factory=list)  # what the server told with its `ready`
     refusal: str | None = None  # the engine's own sentence why this model cannot be loaded
     suspicion: str = ""  # why the ladder was begun, for the exit record
     counted: list[float] = field(default_factory=list)
@@ -153,6 +154,10 @@ class Child:
         if self.process is not None and self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGUSR1)
+
+    def leftover(self, nonce: str) -> Leftover | None:
+        """What the next supervisor needs to find this process; None when there is none."""
+        return Leftover(self.pid, self.identity, nonce, self.name) if self.process is not None and self.pid is not None else None
 
     def terminate(self) -> None:
         """TERM stays pending on a stopped process, so CONT follows it."""
@@ -256,29 +261,6 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
 
 
-def start_identity(pid: int) -> float | None:
-    """When the kernel started this process, in its own units; None when there is none. With the boot id and the number it names one process for
-    ever: Linux tells clock ticks since boot, macOS a time that does not move with NTP."""
-    if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_bytes()
-        except OSError:
-            return None
-        return float(stat.rpartition(b")")[2].split()[19])
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None
-
-
-def boot_id() -> str:
-    """Names this boot of the machine."""
-    if sys.platform == "linux":
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    ran = subprocess.run(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, timeout=5, check=False)
-    return ran.stdout.strip()
-
-
 def footprint(pid: int) -> int:
     """Memory that the system would get back, bytes: what jetsam counts on macOS, resident memory elsewhere. 0: cannot be told."""
     if sys.platform == "darwin":
@@ -333,48 +315,6 @@ def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> bool:
         file.truncate(0)
         file.write(kept)
     return True
-
-
-# --- leftovers of an earlier run --------------------------------------------------------------------------------------------
-
-
-class Leftover(msgspec.Struct):
-    """What state.json tells about a child, enough to prove later that a process is it."""
-
-    pid: int
-    identity: float
-    nonce: str
-    name: str
-
-
-def is_ours(left: Leftover) -> bool:
-    """Whether the process with this number is the very one: same start in the same boot (the caller's part), and our nonce in its
-    environment. A number alone proves nothing: it is reused."""
-    if start_identity(left.pid) != left.identity:
-        return False
-    try:
-        settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
-    except psutil.Error:
-        return False
-    try:
-        return bool(json.loads(settings)["nonce"] == left.nonce)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def sweep(leftovers: list[Leftover], term_s: float, kill_s: float) -> list[Leftover]:
-    """End what an earlier supervisor left behind: TERM, then KILL, to each group. Blocks; returns those that are still there."""
-    for number, patience in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
-        leftovers = [left for left in leftovers if is_ours(left)]
-        for left in leftovers:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(left.pid, number)
-                os.killpg(left.pid, signal.SIGCONT)
-        end = time.monotonic() + patience
-        while leftovers and time.monotonic() < end:
-            time.sleep(0.02)
-            leftovers = [left for left in leftovers if is_ours(left)]
-    return leftovers
 
 
 def timestamp() -> str:

@@ -19,11 +19,14 @@ import click
 
 from mlxd import __version__, control, paths
 from mlxd.errors import MlxdError, NotRunning
+from mlxd.lock import is_locked
 
 #: What `mlxd start` and `mlxd status` end with for a state.
 START_STATUS = {"ready": 0, "degraded": 0, "held": 75}
 STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
 NOT_READY = 4
+#: Of a process that is on its way up or down; a spare stays blank.
+MOVING = ("starting", "loading", "draining", "stopping")
 #: A start in which nothing moves for this long is not going to be one.
 STILL_S = 60.0
 #: The worst stop takes 30 s of draining, 10 s of TERM and 10 s of KILL.
@@ -110,7 +113,7 @@ def stop() -> None:
         click.echo("mlxd is not running")
         return
     end = time.monotonic() + STOP_S
-    while is_running(where) or lock_is_held(where):
+    while is_running(where) or is_locked(where.lock):
         if time.monotonic() > end:
             raise MlxdError(f"mlxd (pid {pid}) has not stopped within {STOP_S:.0f} s; look at `mlxd logs --supervisor`")
         time.sleep(0.02)
@@ -125,7 +128,7 @@ def restart(ctx: click.Context, json_: bool) -> None:
     where = paths.locate()
     validate(where, [])
     control.ask(where.control, "restart")
-    told = await_ready(where)
+    told = await_ready(where, settled=True)
     click.echo(json.dumps(told) if json_ else line_of(told))
     ctx.exit(START_STATUS.get(told["state"], NOT_READY))
 
@@ -222,23 +225,6 @@ def is_running(where: paths.Paths) -> bool:
     return True
 
 
-def lock_is_held(where: paths.Paths) -> bool:
-    """Whether a supervisor lives: it holds its lock to the last moment."""
-    import fcntl
-
-    try:
-        fd = os.open(where.lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def await_the_end_of_a_stop(where: paths.Paths) -> None:
     """A start during a stop means: after it."""
     end = time.monotonic() + STOP_S
@@ -247,7 +233,7 @@ def await_the_end_of_a_stop(where: paths.Paths) -> None:
             if control.ask(where.control, "status")["state"] != "draining":
                 return
         except NotRunning:
-            if not lock_is_held(where):
+            if not is_locked(where.lock):
                 return
         time.sleep(0.05)
 
@@ -286,8 +272,9 @@ def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
     process.returncode = 0  # it lives on without us: no ResourceWarning
 
 
-def await_ready(where: paths.Paths) -> dict[str, Any]:
-    """The status as soon as it is ready, degraded or held, or when nothing has moved for STILL_S; shows the state meanwhile."""
+def await_ready(where: paths.Paths, settled: bool = False) -> dict[str, Any]:
+    """The status as soon as it is ready, degraded or held (`settled`: and no process is on its way up or down), or when nothing has moved
+    for STILL_S; shows the state meanwhile."""
     shown = ""
     not_found_until = time.monotonic() + 5.0
     while True:
@@ -298,7 +285,8 @@ def await_ready(where: paths.Paths) -> dict[str, Any]:
                 raise
             time.sleep(0.05)
             continue
-        if told["state"] in START_STATUS or told["moved_s"] > STILL_S:
+        moving = settled and any(p["state"] in MOVING for p in [told["server"] or {"state": "starting"}, *told["engines"]])
+        if (told["state"] in START_STATUS and not moving) or told["moved_s"] > STILL_S:
             return told
         if sys.stderr.isatty() and (now := f"{told['state']}: {told['reason']}") != shown:
             shown = now

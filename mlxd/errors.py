@@ -23,3 +23,19 @@ class NotRunning(MlxdError):
     """There is no daemon to ask."""
 
     exit_status = 3
+
+
+class Refused(MlxdError):
+    """A request that gets no answer, or no more of one, and why: each dialect renders it in its own shape.
+
+    `status`: of HTTP. `retry_s`: when to come again (`Retry-After`); None: not said. `code`: a word for programs.
+    `hopeless`: the same request would fail again (`x-should-retry: false`).
+    """
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, retry_s: float | None = None, hopeless: bool = False):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.retry_s = retry_s
+        self.hopeless = hopeless

@@ -67,9 +67,11 @@ class Hello(Struct, tag="hello", tag_field="word"):
 
 
 class Ready(Struct, tag="ready", tag_field="word"):
-    """Of an engine: one token came out of `model`. Of the server: it accepts."""
+    """Of an engine: one token came out of `model`. Of the server: it accepts; `problems` are what a person should know, such as a
+    preload that is not there."""
 
     model: str | None = None
+    problems: list[str] = []
 
 
 class Beat(Struct, tag="beat", tag_field="word"):

@@ -40,6 +40,11 @@ class Paths:
         return self.home / "mlxd.lock"
 
     @property
+    def lease(self) -> Path:
+        """Locked through a descriptor that every child inherits."""
+        return self.run / "lease"
+
+    @property
     def state(self) -> Path:
         return self.home / "state.json"
 
@@ -118,11 +123,9 @@ def own_directory(directory: Path) -> None:
         raise ConfigError(f"{directory} is not a directory; remove it or set MLXD_HOME to another place")
     if found.st_uid != os.getuid():
         raise ConfigError(f"{directory} belongs to uid {found.st_uid}, not to you; set MLXD_HOME to a directory of your own")
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        directory.chmod(0o700)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(f"{directory} is not writable; run `chmod u+wx {directory}` or set MLXD_HOME")
-    try:  # root passes access() on a read-only mount
+    try:  # asking by doing: root passes access(2) on a read-only mount
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            directory.chmod(0o700)
         probe, name = tempfile.mkstemp(dir=directory, prefix=".probe-")
     except OSError as error:
         raise ConfigError(f"cannot write in {directory}: {error.strerror}; mend that or set MLXD_HOME") from error

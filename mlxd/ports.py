@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -96,7 +97,8 @@ def answers(kind: socket.AddressFamily, host: str, port: int) -> bool:
 def holder(port: int) -> str:
     """Who listens on `port`: "pid 4711 (nc)", or "a process of another user" where the system does not tell."""
     for pid, connection in connections():
-        if pid and connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+        # Our own socket on the other loopback is listening on this number, too.
+        if pid and pid != os.getpid() and connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
             with contextlib.suppress(psutil.Error):
                 return f"pid {pid} ({psutil.Process(pid).name()})"
     return "a process of another user"

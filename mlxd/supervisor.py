@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import json
 import logging
 import os
@@ -20,26 +19,25 @@ import random
 import secrets
 import signal
 import socket
-import stat
 import sys
-from collections import deque
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mlxd import __version__, child, config, control, link, messages, monitor, paths, policy, ports
-from mlxd.child import Child, Leftover
+from mlxd import __version__, child, config, control, leftovers, link, messages, monitor, paths, policy, ports, status
+from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import ConfigError, MlxdError
+from mlxd.exits import Exits
+from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
 from mlxd.policy import Action, Event, Health, State
 from mlxd.standin import StandIn
 
 log = logging.getLogger("mlxd")
 
-KEPT_EXITS = 50
 #: A draining server is given this much beyond its limit before TERM.
 DRAIN_MARGIN_S = 3.0
 #: How long the words of a process that has ended may take to arrive: its end of the link is closed, so they are there.
@@ -61,13 +59,13 @@ RUNNING = (State.BLANK, State.LOADING, State.READY, State.DRAINING)
 class Supervisor:
     """Owns the public sockets, the lock, the PID file, the control socket and every child."""
 
-    def __init__(self, where: paths.Paths, loaded: config.Loaded, flags: dict[str, Any], lock: int):
+    def __init__(self, where: paths.Paths, settings: Config, flags: dict[str, Any], lock: Lock):
         self.paths = where
-        self.config: Config = loaded.config
+        self.config = settings
         self.flags = flags
         self.lock = lock
         self.nonce = secrets.token_hex(16)
-        self.boot = child.boot_id()
+        self.boot = leftovers.boot_id()
         self.server: Child | None = None
         self.retired: list[Child] = []  # servers that drain while a newer one accepts
         self.engines: list[Child] = []
@@ -77,12 +75,13 @@ class Supervisor:
         self.poll: asyncio.Task[None] | None = None
         self.unserved: asyncio.TimerHandle | None = None  # runs since the last server stopped accepting
         self.sockets: list[socket.socket] = []
-        self.standin = StandIn(self.why_not, self.health_of_none)
-        self.exits: deque[ExitRecord] = deque(maxlen=KEPT_EXITS)
+        self.standin = StandIn(lambda: status.why_not(self), lambda: status.health(self))
+        self.exits = Exits(where.exits)
+        self.lease: int | None = None
         self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
         self.first_token = False  # a preloaded model has given one in this run
         self.stopping = 0  # how many times we were told to
-        self.port_problem = ""
+        self.obstacle = ""
         self.config_problem = ""
         self.waiting_changes: list[str] = []
         self.polls: list[bool] = []
@@ -98,7 +97,7 @@ class Supervisor:
         self.watch_signals()
         become_subreaper()
         self.sweep()
-        self.write_pid()
+        self.lock.show()
         self.control = await control.serve(self.paths.control, self.verbs())
         self.files = self.watch_files()
         self.bind()
@@ -113,7 +112,7 @@ class Supervisor:
 
     def begin(self) -> None:
         """Want a server, and an engine that imports while the server does."""
-        if self.port_problem or self.stopping:
+        if self.obstacle or self.stopping:
             return
         self.server = Child("server", 0)
         self.handle(self.server, Event.WANTED)
@@ -153,6 +152,8 @@ class Supervisor:
 
     def end(self) -> None:
         """Leave nothing behind but logs and the exit records."""
+        # asyncio gives signals back their default action when its loop closes: one more TERM would make this a death.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         self.files.stop()
         self.standin.close()
         self.control.close()
@@ -163,8 +164,7 @@ class Supervisor:
         self.remember()
         for path in (self.paths.control, self.paths.state):
             path.unlink(missing_ok=True)
-        if paths.read_small(self.paths.pid_file) == self.pid_text():
-            self.paths.pid_file.unlink(missing_ok=True)
+        self.lock.withdraw()
         log.info("stopped")
 
     # --- children ----------------------------------------------------------------------------------------------------------------
@@ -234,6 +234,11 @@ class Supervisor:
         if seconds is not None:
             self.timers[one] = self.loop.call_later(seconds, self.late, one)
 
+    def time_left(self, one: Child) -> float:
+        """Seconds until its deadline; 0.0 without one."""
+        timer = self.timers.get(one)
+        return max(0.0, timer.when() - self.loop.time()) if timer else 0.0
+
     def late(self, one: Child) -> None:
         del self.timers[one]
         if one.state is State.LOADING:
@@ -265,8 +270,9 @@ class Supervisor:
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
+        inherited = [self.lease, *settings.listen_fds] if self.lease is not None else settings.listen_fds
         try:
-            end = one.spawn(child.command(one.kind, self.config), settings, settings.listen_fds, self.loop.time())
+            end = one.spawn(child.command(one.kind, self.config), settings, inherited, self.loop.time())
         except OSError as error:
             program = child.command(one.kind, self.config)[0]
             if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
@@ -349,11 +355,8 @@ class Supervisor:
     def record(self, record: ExitRecord) -> None:
         how = f"signal {record.signal}" if record.signal is not None else f"status {record.code}"
         log.info("%s pid %d ended: %s (%s) after %.1f s", record.child, record.pid, record.cause, how, record.up_s)
-        self.exits.append(record)
+        self.exits.add(record)
         self.tell_servers(messages.Exited(record))
-        with contextlib.suppress(OSError):  # a full disk: the record stays in memory
-            lines = b"".join(msgspec.json.encode(r) + b"\n" for r in self.exits)
-            paths.write_atomically(self.paths.exits, lines)
 
     def forget(self, one: Child) -> None:
         """A child that is stopped and wanted by nobody leaves the lists; the slot's number is free again."""
@@ -394,8 +397,10 @@ class Supervisor:
                 self.hear(one, word)
         except ValueError as error:
             log.warning("%s: %s", one.title, error)
-        # A process that has closed its link or babbles is of no use; one that has ended gets no further than this wait.
-        await asyncio.sleep(link.LAST_S + 1.0)
+        self.loop.call_later(link.LAST_S + 1.0, self.look_at_silence, one, pid)
+
+    def look_at_silence(self, one: Child, pid: int | None) -> None:
+        """A process that closed its link, or babbled, and still lives is of no use."""
         if one.pid == pid and one.process is not None and one.state in RUNNING:
             one.suspicion = "link closed"
             self.handle(one, Event.SICK)
@@ -412,6 +417,7 @@ class Supervisor:
                     self.set_deadline(one, self.patience(one))
             case messages.Ready() if one.ready_at is None and one.state in EXPECTING:
                 one.ready_at, one.at_ready = self.loop.time(), one.counters
+                one.problems = word.problems
                 self.handle(one, Event.READIED)
             case messages.Bye():
                 one.bye = word
@@ -452,8 +458,8 @@ class Supervisor:
             for engine in self.engines:
                 if engine.state is State.READY:
                     one.link.send(self.engine_up(engine))
-            if self.exits:
-                one.link.send(messages.Exited(self.exits[-1]))
+            if self.exits.last is not None:
+                one.link.send(messages.Exited(self.exits.last))
 
     def announce(self, one: Child) -> None:
         """It is ready: tell whom it concerns."""
@@ -542,7 +548,7 @@ class Supervisor:
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
         if self.ticks % LOOK_TICKS == 0:
-            self.look_at_files({self.paths.pid_file, self.paths.lock})
+            self.lock.mend()
 
     def look_at_beats(self, one: Child, now: float) -> None:
         if one.process is None or one.state not in RUNNING:
@@ -559,7 +565,7 @@ class Supervisor:
 
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
-        if self.port_problem and not self.stopping:
+        if self.obstacle and not self.stopping:
             self.bind()
             self.begin()
         for one in self.children():
@@ -605,13 +611,8 @@ class Supervisor:
     def look_at_files(self, changed: set[Path]) -> None:
         if self.done.is_set():
             return
-        if self.paths.pid_file in changed and paths.read_small(self.paths.pid_file) != self.pid_text():
-            log.warning("the PID file was changed or removed; it is put back")
-            self.write_pid()
-        if self.paths.lock in changed and not same_file(self.lock, self.paths.lock):
-            log.warning("the lock file was removed; it is put back")
-            with contextlib.suppress(OSError):
-                self.lock = take_lock(self.paths.lock)
+        if changed & {self.paths.pid_file, self.paths.lock}:
+            self.lock.mend()
         if changed & {self.paths.config, self.paths.env_file}:
             with contextlib.suppress(ConfigError):  # told in `status`
                 self.reload()
@@ -629,17 +630,21 @@ class Supervisor:
     # --- the port and the files --------------------------------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Listen on the public port, or say in `port_problem` why not."""
+        """Listen on the public port, or say in `obstacle` why not."""
+        if self.lease is None:
+            self.take_lease(0.0)
+        if self.lease is None:
+            return
         try:
             sockets = ports.bind(self.config.server)
         except (ports.PortTaken, ConfigError) as error:
             problem = f"port {self.config.server.port} is held by {error}" if isinstance(error, ports.PortTaken) else str(error)
-            if problem != self.port_problem:
+            if problem != self.obstacle:
                 log.warning("%s; mlxd starts by itself when that ends", problem)
                 self.moved_at = self.loop.time()
-            self.port_problem = problem
+            self.obstacle = problem
             return
-        self.sockets, self.port_problem = sockets, ""
+        self.sockets, self.obstacle = sockets, ""
         log.info("listening on %s", self.url())
 
     def url(self) -> str:
@@ -648,43 +653,23 @@ class Supervisor:
         host, port = self.sockets[0].getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def pid_text(self) -> bytes:
-        return b"%d\n" % os.getpid()
-
-    def write_pid(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, a directory in its place: the lock is the truth, not this file
-            paths.write_atomically(self.paths.pid_file, self.pid_text())
-
     def remember(self) -> None:
-        """What the next supervisor needs to find and identify what we leave behind if we are killed."""
-        left = [
-            Leftover(c.pid, c.identity, self.nonce, c.name) for c in self.children() if c.pid is not None and c.process is not None
-        ]
-        state = {"boot": self.boot, "children": left}
-        with contextlib.suppress(OSError):
-            paths.write_atomically(self.paths.state, msgspec.json.encode(state))
+        """Let the next supervisor find what we leave behind if we are killed."""
+        left = [found for one in self.children() if (found := one.leftover(self.nonce)) is not None]
+        leftovers.remember(self.paths, self.boot, left)
 
     def sweep(self) -> None:
-        """End what an earlier run left behind, if it is provably ours."""
-        self.exits.extend(read_exits(self.paths.exits))
-        data = paths.read_small(self.paths.state, 1024 * 1024)
-        if data is None:
-            return
+        """End what an earlier run left behind, if it is provably ours; what is not is waited for, since it may hold a model's memory."""
+        limits = self.config.supervisor
+        leftovers.sweep(leftovers.recall(self.paths, self.boot), limits.term_s, limits.kill_s)
+        self.take_lease(link.LAST_S + 1.0)
+
+    def take_lease(self, patience_s: float) -> None:
         try:
-            state = msgspec.json.decode(data, type=EarlierState)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            log.warning("the state file is damaged; kept as %s.bad", self.paths.state.name)
-            with contextlib.suppress(OSError):
-                self.paths.state.replace(self.paths.state.with_suffix(".json.bad"))
-            return
-        if state.boot != self.boot:
-            return
-        found = [left for left in state.children if child.is_ours(left)]
-        if found:
-            log.warning("an earlier run left %s behind", ", ".join(f"{left.name} (pid {left.pid})" for left in found))
-            limits = self.config.supervisor
-            for left in child.sweep(found, limits.term_s, limits.kill_s):
-                log.error("%s (pid %d) of an earlier run does not die", left.name, left.pid)
+            self.lease = leftovers.take_lease(self.paths, patience_s)
+        except MlxdError as error:
+            self.obstacle = str(error)
+            log.error("%s", error)
 
     # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
 
@@ -707,7 +692,7 @@ class Supervisor:
         return {"status": self.do_status, "stop": self.do_stop, "restart": self.do_restart, "reload": self.do_reload}
 
     async def do_status(self, _: dict[str, Any]) -> dict[str, Any]:
-        return self.status()
+        return status.report(self)
 
     async def do_stop(self, _: dict[str, Any]) -> dict[str, Any]:
         if not self.stopping:
@@ -737,7 +722,7 @@ class Supervisor:
     def restart_server(self) -> None:
         """The new server starts before the old one stops; one that does not serve is simply renewed."""
         old = self.server
-        if old is None or self.port_problem:
+        if old is None or self.obstacle:
             self.look_at_holds()
         elif old.state is State.READY:
             old.drain_s = self.config.supervisor.replace_drain_s
@@ -761,7 +746,7 @@ class Supervisor:
         self.bind()
 
     def load_config(self) -> Config:
-        return load(self.paths, self.flags).config
+        return load(self.paths, self.flags)
 
     def reload(self) -> list[str]:
         """Apply the files as they are now; returns the changed names. Raises ConfigError, and then the old configuration stays.
@@ -779,7 +764,7 @@ class Supervisor:
         if changed:
             log.info("the configuration changed: %s", ", ".join(changed))
         held = [one for one in self.children() if one.state is State.HELD and one.hold_cause == "fault"]
-        if held or self.port_problem:  # nothing is served that a change could disturb
+        if held or self.obstacle:  # nothing is served that a change could disturb
             self.config, self.waiting_changes = new, []
         else:
             self.config = msgspec.structs.replace(self.config, supervisor=new.supervisor, health=new.health)
@@ -790,132 +775,10 @@ class Supervisor:
             self.look_at_holds()
         return changed
 
-    # --- what we tell ----------------------------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[str, str | None]:
-        """The overall state, and why it is not `ready`."""
-        if self.stopping:
-            return "draining", "mlxd is stopping"
-        if self.port_problem:
-            return "held", self.port_problem
-        server = next((s for s in self.servers() if s.state is State.READY), self.server)
-        if server is None or server.state is not State.READY:
-            return self.state_without_server(server)
-        preloads = [e for e in self.engines if e.preload]
-        if not self.first_token and any(e.state not in (State.COOLDOWN, State.HELD) for e in preloads):
-            return "starting", f"{preloads[0].model} is being loaded"
-        problems = list(self.problems())
-        if problems:
-            return "degraded", "; ".join(problems)
-        return "ready", None
-
-    def state_without_server(self, server: Child | None) -> tuple[str, str]:
-        if server is not None and server.state in (State.HELD, State.COOLDOWN):
-            why = server.hold or f"the server died {len(server.counted)} times; {retry_text(self.left(server))}"
-            return server.state.value, why
-        if server is not None and server.state is State.BACKOFF:
-            return "starting", f"the server died ({self.exits[-1].cause}); {retry_text(self.left(server))}"
-        return "starting", "the server is starting"
-
-    def problems(self) -> Iterator[str]:
-        """What a person should know although requests are served."""
-        if self.config_problem:
-            yield f"the configuration is invalid, the old one is in force: {self.config_problem}"
-        for model, why in self.refusals.items():
-            yield f"{model} cannot be loaded: {why}"
-        for engine in self.engines:
-            if engine.model is None:
-                continue
-            if engine.state is State.HELD:
-                yield f"{engine.title} is held: {engine.hold}"
-            elif engine.state in (State.BACKOFF, State.COOLDOWN):
-                yield f"{engine.title} died ({self.cause_of(engine)}); {retry_text(self.left(engine))}"
-            elif engine.state is not State.READY and engine.deaths and engine.wanted:
-                yield f"{engine.title} died ({self.cause_of(engine)}) and is being replaced"
-        now, window = self.loop.time(), self.config.supervisor.window_s
-        for one in self.children():
-            recent = sum(1 for t in one.deaths if t > now - window)
-            if recent > policy.RESTLESS_DEATHS:
-                yield f"{one.title} died {recent} times in {window / 60:.0f} min"
-
-    def cause_of(self, one: Child) -> str:
-        """Of its last death."""
-        return next((r.cause for r in reversed(self.exits) if (r.child, r.slot) == (one.kind, one.slot)), "unknown")
-
-    def left(self, one: Child) -> float:
-        """Seconds until its deadline; 0.0 without one."""
-        timer = self.timers.get(one)
-        return max(0.0, timer.when() - self.loop.time()) if timer else 0.0
-
-    def why_not(self) -> str:
-        state, reason = self.state()
-        return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
-
-    def health_of_none(self) -> dict[str, object]:
-        """/health while no server answers."""
-        state, reason = self.state()
-        last = msgspec.to_builtins(self.exits[-1]) if self.exits else None
-        return {
-            "status": "loading",
-            "state": state,
-            "reason": reason,
-            "nonce": self.nonce,
-            "version": __version__,
-            "engines": [],
-            "queue": {"running": 0, "waiting": 0},
-            "memory": None,
-            "last_exit": last,
-        }
-
-    def status(self) -> dict[str, Any]:
-        """`mlxd status --json`."""
-        now = self.loop.time()
-        state, reason = self.state()
-        notes = [f"{', '.join(self.waiting_changes)} changed: run `mlxd restart` to apply it"] if self.waiting_changes else []
-        server = self.server or next(iter(self.retired), None)
-        return {
-            "state": state,
-            "reason": reason,
-            "url": self.url(),
-            "port": self.sockets[0].getsockname()[1] if self.sockets else self.config.server.port,
-            "home": str(self.paths.home),
-            "version": __version__,
-            "supervisor": {
-                "pid": os.getpid(),
-                "up_s": round(now - self.started, 1),
-                "memory_bytes": child.footprint(os.getpid()),
-            },
-            "server": self.told(server, now) if server is not None else None,
-            "engines": [
-                self.told(e, now) | {"slot": e.slot, "model": e.model, "running": e.counters.running} for e in self.engines
-            ],
-            "last_exit": msgspec.to_builtins(self.exits[-1]) if self.exits else None,
-            "notes": notes,
-            "moved_s": round(now - self.moved_at, 1),
-            "control": str(self.paths.control),
-        }
-
-    def told(self, one: Child, now: float) -> dict[str, Any]:
-        one.measure()
-        return {
-            "pid": one.pid,
-            "state": "stopping" if one.state is State.KILLING else one.state.value,
-            "up_s": round(now - one.since, 1) if one.pid is not None else 0.0,
-            "restarts": one.restarts,
-            "memory_bytes": one.memory_bytes,
-        }
-
-
-class EarlierState(msgspec.Struct):
-    """What state.json must hold to be of use."""
-
-    boot: str
-    children: list[Leftover]
-
-
-def load(where: paths.Paths, flags: dict[str, Any]) -> config.Loaded:
+def load(where: paths.Paths, flags: dict[str, Any]) -> Config:
     """The configuration as a daemon reads it: its own .env only."""
-    return config.load(where.config, [where.env_file], os.environ, flags)
+    return config.load(where.config, [where.env_file], os.environ, flags).config
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -926,19 +789,6 @@ def differences(old: Config, new: Config) -> list[str]:
         for key in getattr(old, section).__struct_fields__
         if getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
     ]
-
-
-def read_exits(path: Path) -> list[ExitRecord]:
-    """The exit records of earlier runs; those that cannot be read are skipped."""
-    found = []
-    for text in (paths.read_small(path, 4 * 1024 * 1024) or b"").splitlines()[-KEPT_EXITS:]:
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-            found.append(msgspec.json.decode(text, type=ExitRecord))
-    return found
-
-
-def retry_text(seconds: float) -> str:
-    return f"next try in {seconds:.0f} s" if seconds >= 1 else "next try now"
 
 
 def last_line(text: str) -> str:
@@ -952,53 +802,6 @@ def become_subreaper() -> None:
 
         pr_set_child_subreaper = 36
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-
-
-def take_lock(path: Path) -> int:
-    """The lock of this state directory, held until this process ends. Raises BlockingIOError when another holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def same_file(fd: int, path: Path) -> bool:
-    try:
-        there = path.lstat()
-    except OSError:
-        return False
-    mine = os.fstat(fd)
-    return stat.S_ISREG(there.st_mode) and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
-
-
-def running_pid(where: paths.Paths) -> int | None:
-    """The pid of a supervisor that answers on the control socket; None when none does."""
-    try:
-        return int(control.ask(where.control, "status")["supervisor"]["pid"])
-    except MlxdError:
-        return None
-
-
-def only_one(where: paths.Paths) -> int:
-    """The lock, or AlreadyRunning. The handshake comes first: a lock file may have been deleted under a living supervisor."""
-    if (pid := running_pid(where)) is not None:
-        raise AlreadyRunning(f"already running, pid {pid}")
-    try:
-        return take_lock(where.lock)
-    except BlockingIOError as error:
-        pid_text = (paths.read_small(where.pid_file, 32) or b"").decode(errors="replace").strip()
-        raise AlreadyRunning(f"already running, pid {pid_text or 'unknown'}") from error
-    except OSError as error:
-        raise ConfigError(f"cannot open {where.lock}: {error.strerror}; remove what is there") from error
-
-
-class AlreadyRunning(MlxdError):
-    """A supervisor has this state directory. Not a failure: exit 0 keeps launchd and systemd from trying again for ever."""
-
-    exit_status = 0
 
 
 def begin_log(path: Path) -> None:
@@ -1021,8 +824,8 @@ def main(arguments: list[str]) -> int:
     where = paths.locate()
     try:
         paths.prepare(where)
-        loaded = load(where, flags)
-        lock = only_one(where)
+        settings = load(where, flags)
+        lock = Lock(where)
     except AlreadyRunning as running:
         print(running, file=sys.stderr)
         return running.exit_status
@@ -1032,7 +835,7 @@ def main(arguments: list[str]) -> int:
     begin_log(where.log("supervisor"))
     link.raise_nofile(8192)
     log.info("mlxd %s, pid %d, in %s", __version__, os.getpid(), where.home)
-    return asyncio.run(Supervisor(where, loaded, flags, lock).run())
+    return asyncio.run(Supervisor(where, settings, flags, lock).run())
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ class FakeChild:
     async def serve(self) -> None:
         if self.how.want:
             self.link.send(messages.Want(self.how.want, "/nonexistent", preload=True))
+        if self.how.never_ready:
+            return
         self.accepting = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
         for sock in self.accepting:
             asyncio.get_running_loop().add_reader(sock.fileno(), self.accept, sock)

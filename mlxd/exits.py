@@ -1,0 +1,46 @@
+"""The exit records: how the last 50 children ended, in memory and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from mlxd import paths
+from mlxd.messages import ExitRecord
+
+KEPT = 50
+#: 50 records of 8 KB of words and a stack each.
+MAX_FILE_BYTES = 4 * 1024 * 1024
+
+
+class Exits:
+    """Newest last. What cannot be written stays in memory."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.records = deque(read(file), maxlen=KEPT)
+
+    @property
+    def last(self) -> ExitRecord | None:
+        return self.records[-1] if self.records else None
+
+    def add(self, record: ExitRecord) -> None:
+        self.records.append(record)
+        with contextlib.suppress(OSError):
+            paths.write_atomically(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))
+
+    def cause_of(self, child: str, slot: int) -> str:
+        """Of this child's last end."""
+        return next((r.cause for r in reversed(self.records) if (r.child, r.slot) == (child, slot)), "unknown")
+
+
+def read(file: Path) -> list[ExitRecord]:
+    """The records of earlier runs; lines that cannot be read are skipped."""
+    found = []
+    for text in (paths.read_small(file, MAX_FILE_BYTES) or b"").splitlines()[-KEPT:]:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+            found.append(msgspec.json.decode(text, type=ExitRecord))
+    return found

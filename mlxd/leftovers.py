@@ -1,0 +1,126 @@
+"""What an earlier supervisor left behind when it was killed: remembered in state.json, proven ours, ended before anything new begins.
+
+A child notices within milliseconds that its link has closed and is gone 5 s later at most. One that cannot notice (stopped, the interpreter
+lock held in native code) would keep its memory, 20 GB perhaps, so the next start looks for it. The *lease* is the proof without numbers:
+every child inherits one locked descriptor, so the lock is free exactly when the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from mlxd import lock, paths
+from mlxd.errors import MlxdError
+
+log = logging.getLogger(__name__)
+
+
+class Leftover(msgspec.Struct):
+    """Enough to prove later that a process is this child. `identity`: see `start_identity`."""
+
+    pid: int
+    identity: float
+    nonce: str
+    name: str
+
+
+class Memory(msgspec.Struct):
+    """state.json."""
+
+    boot: str
+    children: list[Leftover]
+
+
+def remember(where: paths.Paths, boot: str, children: list[Leftover]) -> None:
+    """For the next supervisor, in case this one is killed."""
+    with contextlib.suppress(OSError):  # a full disk: the lease still tells
+        paths.write_atomically(where.state, msgspec.json.encode(Memory(boot, children)))
+
+
+def recall(where: paths.Paths, boot: str) -> list[Leftover]:
+    """The children of an earlier run that still live. A number from another boot is nobody's; a damaged file is kept aside."""
+    data = paths.read_small(where.state, 1024 * 1024)
+    if data is None:
+        return []
+    try:
+        memory = msgspec.json.decode(data, type=Memory)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        log.warning("the state file is damaged; kept as %s.bad", where.state.name)
+        with contextlib.suppress(OSError):
+            where.state.replace(where.state.with_suffix(".json.bad"))
+        return []
+    return [left for left in memory.children if is_ours(left)] if memory.boot == boot else []
+
+
+def sweep(found: list[Leftover], term_s: float, kill_s: float) -> None:
+    """End them: TERM, then KILL, to each group. Blocks: nothing else may begin before."""
+    for number, patience_s in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
+        for left in found:
+            log.warning("%s (pid %d) of an earlier run is ended by %s", left.name, left.pid, number.name)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(left.pid, number)
+                os.killpg(left.pid, signal.SIGCONT)
+        end = time.monotonic() + patience_s
+        while found and time.monotonic() < end:
+            time.sleep(0.02)
+            found = [left for left in found if is_ours(left)]
+
+
+def is_ours(left: Leftover) -> bool:
+    """Whether the process with this number is the very one: the same start, and our nonce in its environment. A number alone proves
+    nothing: it is reused."""
+    if start_identity(left.pid) != left.identity:
+        return False
+    try:
+        settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
+        return bool(json.loads(settings)["nonce"] == left.nonce)
+    except (psutil.Error, ValueError, KeyError, TypeError):
+        return False
+
+
+def take_lease(where: paths.Paths, patience_s: float) -> int:
+    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`. Blocks."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return lock.flocked(where.lease)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
+            time.sleep(0.02)
+
+
+def start_identity(pid: int) -> float | None:
+    """When the kernel started this process, in its own units; None when there is none. With the boot and the number it names one process for
+    ever: Linux tells clock ticks since boot, macOS a time that does not move with NTP."""
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        fields = stat.rpartition(b")")[2].split()  # the name, in brackets, may hold blanks
+        return None if fields[0] == b"Z" else float(fields[19])
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return None
+
+
+def boot_id() -> str:
+    """Names this boot of the machine."""
+    if sys.platform == "linux":
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    import subprocess
+
+    ran = subprocess.run(["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, timeout=5, check=False)
+    return ran.stdout.strip()

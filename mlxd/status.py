@@ -1,0 +1,128 @@
+"""What the supervisor tells: the overall state and why, `mlxd status --json`, and /health while no server answers.
+
+Reads the supervisor, writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from mlxd import __version__, policy
+from mlxd.child import Child, footprint
+from mlxd.policy import State
+
+if TYPE_CHECKING:
+    from mlxd.supervisor import Supervisor
+
+
+def overall(s: Supervisor) -> tuple[str, str | None]:
+    """starting, ready, degraded, draining, cooldown or held; and why it is not `ready`."""
+    if s.stopping:
+        return "draining", "mlxd is stopping"
+    if s.obstacle:
+        return "held", s.obstacle
+    if not any(server.state is State.READY for server in s.servers()):
+        return without_server(s, s.server)
+    preloads = [engine for engine in s.engines if engine.preload]
+    if not s.first_token and any(engine.state not in (State.COOLDOWN, State.HELD) for engine in preloads):
+        return "starting", f"{preloads[0].model} is being loaded"
+    found = list(problems(s))
+    return ("degraded", "; ".join(found)) if found else ("ready", None)
+
+
+def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
+    if server is not None and server.state in (State.HELD, State.COOLDOWN):
+        return server.state.value, server.hold or f"the server died {len(server.counted)} times; {next_try(s, server)}"
+    if server is not None and server.state is State.BACKOFF:
+        return "starting", f"the server died ({s.exits.cause_of('server', 0)}); {next_try(s, server)}"
+    return "starting", "the server is starting"
+
+
+def problems(s: Supervisor) -> Iterator[str]:
+    """What a person should know although requests are served."""
+    if s.config_problem:
+        yield f"the configuration is invalid, the old one is in force: {s.config_problem}"
+    if s.server is not None:
+        yield from s.server.problems
+    for model, why in s.refusals.items():
+        yield f"{model} cannot be loaded: {why}"
+    for engine in s.engines:
+        if engine.model is None:
+            continue
+        cause = s.exits.cause_of("engine", engine.slot)
+        if engine.state is State.HELD:
+            yield f"{engine.title} is held: {engine.hold}"
+        elif engine.state in (State.BACKOFF, State.COOLDOWN):
+            yield f"{engine.title} died ({cause}); {next_try(s, engine)}"
+        elif engine.state is not State.READY and engine.deaths and engine.wanted:
+            yield f"{engine.title} died ({cause}) and is being replaced"
+    window = s.config.supervisor.window_s
+    for one in s.children():
+        recent = sum(1 for t in one.deaths if t > s.loop.time() - window)
+        if recent > policy.RESTLESS_DEATHS:
+            yield f"{one.title} died {recent} times in {window / 60:.0f} min"
+
+
+def next_try(s: Supervisor, one: Child) -> str:
+    seconds = s.time_left(one)
+    return f"next try in {seconds:.0f} s" if seconds >= 1 else "next try now"
+
+
+def why_not(s: Supervisor) -> str:
+    """The sentence of a 503 while no server answers."""
+    state, reason = overall(s)
+    return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
+
+
+def health(s: Supervisor) -> dict[str, object]:
+    """/health while no server answers."""
+    state, reason = overall(s)
+    return {
+        "status": "loading",
+        "state": state,
+        "reason": reason,
+        "nonce": s.nonce,
+        "version": __version__,
+        "engines": [],
+        "queue": {"running": 0, "waiting": 0},
+        "memory": None,
+        "last_exit": msgspec.to_builtins(s.exits.last),
+    }
+
+
+def report(s: Supervisor) -> dict[str, Any]:
+    """`mlxd status --json`."""
+    now = s.loop.time()
+    state, reason = overall(s)
+    waiting = ", ".join(s.waiting_changes)
+    server = s.server or next(iter(s.retired), None)
+    return {
+        "state": state,
+        "reason": reason,
+        "url": s.url(),
+        "port": s.sockets[0].getsockname()[1] if s.sockets else s.config.server.port,
+        "home": str(s.paths.home),
+        "version": __version__,
+        "supervisor": {"pid": os.getpid(), "up_s": round(now - s.started, 1), "memory_bytes": footprint(os.getpid())},
+        "server": process(server, now) if server is not None else None,
+        "engines": [process(e, now) | {"slot": e.slot, "model": e.model, "running": e.counters.running} for e in s.engines],
+        "last_exit": msgspec.to_builtins(s.exits.last),
+        "notes": [f"{waiting} changed: run `mlxd restart` to apply it"] if waiting else [],
+        "moved_s": round(now - s.moved_at, 1),
+        "control": str(s.paths.control),
+    }
+
+
+def process(one: Child, now: float) -> dict[str, Any]:
+    one.measure()
+    return {
+        "pid": one.pid,
+        "state": "stopping" if one.state is State.KILLING else one.state.value,
+        "up_s": round(now - one.since, 1) if one.pid is not None else 0.0,
+        "restarts": one.restarts,
+        "memory_bytes": one.memory_bytes,
+    }
