@@ -22,6 +22,8 @@ from mlxd.errors import ConfigError
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+#: Go's notation, as Ollama's keep_alive has it ("5m", "1h30m"), or a number of seconds; negative: for ever.
+Duration = Annotated[str, Meta(pattern=r"^[-+]?(\d+(\.\d+)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)$")]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,7 +49,7 @@ class Models(Section, frozen=True):
     #: None: mlxd-tiny while no other model exists.
     preload: list[str] | None = None
     max_cached: Count = 0  # 0: by memory
-    keep_alive: str = "5m"
+    keep_alive: Duration = "5m"
     context_length: Count = 0  # 0: the model's own
 
 
@@ -256,4 +258,6 @@ def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
         sentence, _, where = str(error).partition(" - at `$.")
         dotted = re.match(r"[a-z_]+\.[a-z_]+", where)
         place = sources.get(dotted.group(), dotted.group()) if dotted else where.rstrip("`")
+        if "matching regex" in sentence:
+            sentence = 'expected a duration such as "5m", "1h30m" or "-1"'
         raise ConfigError(f"{place}: {sentence[0].lower()}{sentence[1:]}") from error

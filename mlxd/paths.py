@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def locate(environ: Mapping[str, str] = os.environ) -> Paths:
         return Paths(base, base / "logs", base, socket_directory(base))
     dirs = platformdirs.PlatformDirs("mlxd", appauthor=False)
     state = Path(dirs.user_state_path)
-    return Paths(state, Path(dirs.user_log_path), Path(dirs.user_config_path), socket_directory(state))
+    logs = Path(dirs.user_log_path) if sys.platform == "darwin" else state / "logs"
+    return Paths(state, logs, Path(dirs.user_config_path), socket_directory(state))
 
 
 def socket_directory(home: Path) -> Path:

@@ -1,0 +1,95 @@
+"""The settings: where they come from, and what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlxd import config
+from mlxd.errors import ConfigError
+
+DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+NONE = Path("/nonexistent")
+
+
+def test_each_place_overrides_the_one_before(tmp_path: Path) -> None:
+    file, env = tmp_path / "config.toml", tmp_path / ".env"
+    file.write_text("[server]\nport = 1\nmax_queue = 1\nmax_concurrent = 1\n[health]\nmisses = 1\n")
+    env.write_text("MLX_API_PORT=2\nMLXD_SERVER_MAX_QUEUE=2\nMLX_MAX_CONCURRENT=2\n")
+    found = config.load(file, [env], {"MLX_API_PORT": "3", "MLXD_SERVER_MAX_QUEUE": "3"}, {"server.port": 4})
+    server = found.config.server
+    assert (server.port, server.max_queue, server.max_concurrent, found.config.health.misses) == (4, 3, 2, 1)
+    assert found.sources["server.port"] == "--port"
+    assert found.sources["server.max_queue"] == "MLXD_SERVER_MAX_QUEUE"
+    assert found.sources["server.max_concurrent"] == f"MLX_MAX_CONCURRENT in {env}"
+    assert "server.drain_s" not in found.sources
+
+
+def test_the_names_that_users_know_win_over_the_long_ones() -> None:
+    assert config.load(NONE, [], {"MLXD_SERVER_PORT": "1", "MLX_API_PORT": "2"}).config.server.port == 2
+
+
+def test_lists_commands_and_switches_are_read_from_text() -> None:
+    environ = {"MLX_PRELOAD_MODELS": "a, b,", "MLXD_ENGINE_COMMAND": "python x.py --y", "MLXD_SECURITY_STRICT_HOST": "yes"}
+    found = config.load(NONE, [], environ).config
+    assert found.models.preload == ["a", "b"]
+    assert found.engine.command == ["python", "x.py", "--y"]
+    assert found.security.strict_host is True
+    assert config.load(NONE, [], {"MLX_PRELOAD_MODELS": ""}).config.models.preload == []
+    assert config.load(NONE, [], {}).config.models.preload is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"MLX_API_PORT": "http"}, "MLX_API_PORT must be a number, not 'http'"),
+        ({"MLX_API_PORT": "1.5"}, "MLX_API_PORT"),
+        ({"MLX_API_PORT": "65536"}, "MLX_API_PORT"),
+        ({"MLX_HEALTH_MAX_TIME": "0"}, "MLX_HEALTH_MAX_TIME"),
+        ({"MLX_HEALTH_MAX_TIME": "nan"}, "MLX_HEALTH_MAX_TIME"),
+        ({"MLXD_SECURITY_STRICT_HOST": "maybe"}, "MLXD_SECURITY_STRICT_HOST must be true or false"),
+        ({"OLLAMA_KEEP_ALIVE": "soon"}, "OLLAMA_KEEP_ALIVE"),
+    ],
+)
+def test_a_bad_variable_is_named(environ: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        config.load(NONE, [], environ)
+    assert caught.value.exit_status == 78
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[server\n", "line 1, column 8"),
+        ("[sever]\n", r"unknown section \[sever\]; did you mean server\?"),
+        ("[server]\nprot = 1\n", r"unknown setting server.prot; did you mean server.port\?"),
+        ("server = 1\n", r"server is a section: write \[server\]"),
+        ("[server]\nport = 'x'\n", "server.port"),
+        ("[models]\npreload = 'a'\n", "models.preload"),
+        ("[models]\nkeep_alive = 'soon'\n", "models.keep_alive"),
+        ("[server]\nport = 1\nport = 2\n", "line 3"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_place(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        config.load(file, [], {})
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot read"):
+        config.load(file, [], {})
+
+
+def test_every_setting_and_every_older_name_is_in_the_documentation() -> None:
+    text = DOCS.read_text()
+    missing = [
+        name
+        for name, (s, k) in config.variables().items()
+        if f"`{s}.{k}`" not in text or (name in config.NAMES and name not in text)
+    ]
+    assert not missing
