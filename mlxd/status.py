@@ -103,8 +103,8 @@ def report(s: Supervisor) -> dict[str, Any]:
     return {
         "state": state,
         "reason": reason,
-        "url": s.url(),
-        "port": s.sockets[0].getsockname()[1] if s.sockets else s.config.server.port,
+        "url": s.port.url(s.config.server),
+        "port": s.port.number(s.config.server),
         "home": str(s.paths.home),
         "version": __version__,
         "supervisor": {"pid": os.getpid(), "up_s": round(now - s.started, 1), "memory_bytes": footprint(os.getpid())},

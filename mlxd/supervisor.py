@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from mlxd import __version__, child, config, control, leftovers, link, messages, monitor, paths, policy, ports, status
+from mlxd import __version__, child, config, control, leftovers, link, messages, monitor, paths, policy, status
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import ConfigError, MlxdError
@@ -34,6 +34,7 @@ from mlxd.exits import Exits
 from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
 from mlxd.policy import Action, Event, Health, State
+from mlxd.ports import Port
 from mlxd.standin import StandIn
 
 log = logging.getLogger("mlxd")
@@ -73,15 +74,13 @@ class Supervisor:
         self.readers: dict[Child, asyncio.Task[Any]] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
         self.poll: asyncio.Task[None] | None = None
-        self.unserved: asyncio.TimerHandle | None = None  # runs since the last server stopped accepting
-        self.sockets: list[socket.socket] = []
-        self.standin = StandIn(lambda: status.why_not(self), lambda: status.health(self))
+        self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
         self.exits = Exits(where.exits)
         self.lease: int | None = None
         self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
         self.first_token = False  # a preloaded model has given one in this run
         self.stopping = 0  # how many times we were told to
-        self.obstacle = ""
+        self.lease_problem = ""
         self.config_problem = ""
         self.waiting_changes: list[str] = []
         self.polls: list[bool] = []
@@ -100,7 +99,6 @@ class Supervisor:
         self.lock.show()
         self.control = await control.serve(self.paths.control, self.verbs())
         self.files = self.watch_files()
-        self.bind()
         self.begin()
         ticker, done = asyncio.create_task(self.tick_forever()), asyncio.create_task(self.done.wait())
         await asyncio.wait([ticker, done], return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +109,11 @@ class Supervisor:
         return 0
 
     def begin(self) -> None:
-        """Want a server, and an engine that imports while the server does."""
+        """Clear the way; then want a server, and an engine that imports while the server does."""
+        if self.lease is None:
+            self.take_lease(0.0)
+        if self.lease is not None:
+            self.port.open(self.config.server)
         if self.obstacle or self.stopping:
             return
         self.server = Child("server", 0)
@@ -124,7 +126,7 @@ class Supervisor:
         self.stopping += 1
         if self.stopping == 1:
             log.info("stopping: %s", why)
-            self.standin.close()
+            self.port.leave()
             for one in list(self.servers()):
                 self.retire(one, self.config.server.drain_s)
             self.end_engines()
@@ -155,10 +157,8 @@ class Supervisor:
         # asyncio gives signals back their default action when its loop closes: one more TERM would make this a death.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         self.files.stop()
-        self.standin.close()
         self.control.close()
-        for sock in self.sockets:
-            sock.close()
+        self.port.close()
         for timer in self.timers.values():
             timer.cancel()
         self.remember()
@@ -266,7 +266,7 @@ class Supervisor:
             nonce=self.nonce,
             log=str(self.paths.log(one.name)),
             stack=str(self.paths.dump(one.name)),
-            listen_fds=[s.fileno() for s in self.sockets] if one.kind == "server" else [],
+            listen_fds=[s.fileno() for s in self.port.sockets] if one.kind == "server" else [],
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
@@ -565,8 +565,7 @@ class Supervisor:
 
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
-        if self.obstacle and not self.stopping:
-            self.bind()
+        if self.obstacle:
             self.begin()
         for one in self.children():
             self.await_memory(one, 0.0)
@@ -582,11 +581,11 @@ class Supervisor:
 
     async def poll_health(self) -> None:
         server = self.server
-        if server is None or server.state is not State.READY or not self.sockets:
+        if server is None or server.state is not State.READY:
             return
         health, pid = self.config.health, server.pid
-        host, port = self.sockets[0].getsockname()[:2]
-        answer = await monitor.poll({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, self.nonce, health.max_time_s)
+        where = self.port.address(self.config.server), self.port.number(self.config.server)
+        answer = await monitor.poll(*where, self.nonce, health.max_time_s)
         if server.pid != pid or server.state is not State.READY:
             return  # about an earlier process
         self.polls = [*self.polls[-4:], answer is monitor.Answer.OURS]
@@ -620,38 +619,11 @@ class Supervisor:
     def mind_the_port(self) -> None:
         """While a server accepts, it has the port; two seconds after the last one stopped, we answer for ourselves."""
         if self.stopping or any(s.state is State.READY for s in self.servers()):
-            self.standin.close()
-            if self.unserved is not None:
-                self.unserved.cancel()
-                self.unserved = None
-        elif self.unserved is None and self.sockets:
-            self.unserved = self.loop.call_later(self.config.supervisor.takeover_s, self.standin.open, self.sockets)
+            self.port.leave()
+        else:
+            self.port.miss(self.config.supervisor.takeover_s)
 
-    # --- the port and the files --------------------------------------------------------------------------------------------------------
-
-    def bind(self) -> None:
-        """Listen on the public port, or say in `obstacle` why not."""
-        if self.lease is None:
-            self.take_lease(0.0)
-        if self.lease is None:
-            return
-        try:
-            sockets = ports.bind(self.config.server)
-        except (ports.PortTaken, ConfigError) as error:
-            problem = f"port {self.config.server.port} is held by {error}" if isinstance(error, ports.PortTaken) else str(error)
-            if problem != self.obstacle:
-                log.warning("%s; mlxd starts by itself when that ends", problem)
-                self.moved_at = self.loop.time()
-            self.obstacle = problem
-            return
-        self.sockets, self.obstacle = sockets, ""
-        log.info("listening on %s", self.url())
-
-    def url(self) -> str:
-        if not self.sockets:
-            return f"http://{self.config.server.host or '127.0.0.1'}:{self.config.server.port}"
-        host, port = self.sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    # --- before us and after us -----------------------------------------------------------------------------------------------------------
 
     def remember(self) -> None:
         """Let the next supervisor find what we leave behind if we are killed."""
@@ -664,12 +636,19 @@ class Supervisor:
         leftovers.sweep(leftovers.recall(self.paths, self.boot), limits.term_s, limits.kill_s)
         self.take_lease(link.LAST_S + 1.0)
 
+    @property
+    def obstacle(self) -> str:
+        """Why nothing can be begun, in words; "" when nothing is in the way."""
+        return self.lease_problem or self.port.problem
+
     def take_lease(self, patience_s: float) -> None:
         try:
             self.lease = leftovers.take_lease(self.paths, patience_s)
         except MlxdError as error:
-            self.obstacle = str(error)
+            self.lease_problem = str(error)
             log.error("%s", error)
+        else:
+            self.lease_problem = ""
 
     # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
 
@@ -707,16 +686,13 @@ class Supervisor:
         if self.stopping:
             raise MlxdError("mlxd is stopping; run `mlxd start` when it has")
         self.reload()
-        old = (self.config.server.port, self.config.server.host)
-        self.config, self.waiting_changes = self.load_config(), []
-        if (self.config.server.port, self.config.server.host) != old:
-            self.move_port()
+        new, old = self.load_config(), self.config.server
+        if (new.server.port, new.server.host) != (old.port, old.host) and not self.obstacle:
+            self.port.move(new.server)
+        self.config, self.waiting_changes = new, []
         self.restart_server()
         for engine in list(self.engines):
-            engine.counted.clear()
-            engine.trial = False
-            engine.ordered = engine.process is not None
-            self.handle(engine, Event.RENEWED)
+            self.renew(engine)
         return {"pid": os.getpid()}
 
     def restart_server(self) -> None:
@@ -730,20 +706,14 @@ class Supervisor:
             self.server = Child("server", 0, restarts=old.restarts + 1)
             self.handle(self.server, Event.WANTED)
         else:
-            old.counted.clear()
-            old.trial, old.ordered = False, old.process is not None
-            self.handle(old, Event.RENEWED)
+            self.renew(old)
 
-    def move_port(self) -> None:
-        """Listen at the new address. The old sockets live on in the old server until it has drained."""
-        self.standin.close()
-        if self.unserved is not None:
-            self.unserved.cancel()
-            self.unserved = None
-        for sock in self.sockets:
-            sock.close()
-        self.sockets = []
-        self.bind()
+    def renew(self, one: Child) -> None:
+        """A new process in place of this one, and nothing of its past held against it."""
+        one.counted.clear()
+        one.trial = False
+        self.handle(one, Event.RENEWED)
+        one.ordered = one.state in (State.DRAINING, State.STOPPING, State.KILLING)
 
     def load_config(self) -> Config:
         return load(self.paths, self.flags)

@@ -584,6 +584,23 @@ def test_what_needs_a_new_server_waits_for_a_restart_and_status_says_so(daemon: 
     assert told["supervisor"]["pid"] == before["supervisor"]["pid"]
 
 
+def test_a_restart_moves_to_another_port_or_stays_where_it_was(daemon: Make) -> None:
+    d = daemon()
+    del d.environ["MLX_API_PORT"]
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        here, there = first.getsockname()[1], second.getsockname()[1]
+        first.close()
+        d.paths.config.write_text(f"[server]\nport = {here}\n")
+        d.start()
+        d.ready()
+        d.paths.config.write_text(f"[server]\nport = {there}\n")
+        ran = d.mlxd("restart")
+        assert ran.returncode == 75 and f"port {there} is held by pid {os.getpid()}" in ran.stderr
+        assert d.status()["port"] == here and d.get("/health")[0] == 200
+    assert d.mlxd("restart").returncode == 0
+    assert d.status()["port"] == there and d.get("/health")[0] == 200
+
+
 def test_a_restart_ends_a_cooldown(daemon: Make, home: Path) -> None:
     d = daemon(server="--want a:latest", engine=f"--exit-loading 1 --first 5 {home}/count")
     d.start()
