@@ -1,0 +1,254 @@
+"""The model thread: it loads one model and steps one continuous batch over it. Nothing else in the process touches MLX.
+
+Owns the model, mlx-lm's batch generator and the prefix index. Told what to do through an inbox; tells what came of it through
+`post`, once per step. Knows nothing of sockets or of text.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+import psutil
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as row_caches
+
+from mlxd.config import Config
+from mlxd.engine.prefix import PrefixIndex
+from mlxd.engine.sampling import Draw, generate
+from mlxd.engine.view import Unloadable, make_view
+from mlxd.messages import Counters, Load, Sampling
+
+log = logging.getLogger(__name__)
+
+#: Where a model's config says how many tokens it was made for; the names differ by family.
+CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+    "model_max_length",
+)
+#: For models that name no length, recurrent ones mostly.
+DEFAULT_CONTEXT = 32768
+
+#: MLX keeps freed buffers for the next step, as many as it may: 120 MB for a model of 1 MB.
+LEAST_CACHE_LIMIT = 16 * 1024 * 1024
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence in the batch. `ids`: what is to be prefilled, the prompt and what an earlier engine emitted; `owner` is the
+    caller's own. `max_tokens`: how many more to generate, 1 at least. The model thread writes `uid` and `done`."""
+
+    owner: Any
+    ids: list[int]
+    draw: Draw
+    max_tokens: int
+    uid: int = -1
+    done: int = 0
+
+
+@dataclass(slots=True)
+class Opened:
+    """The model is loaded and one token came out of it. `context_length` in tokens; there is no token `vocabulary_size` or above."""
+
+    tokenizer: Any
+    context_length: int
+    vocabulary_size: int
+
+
+@dataclass(slots=True)
+class Ended:
+    """The thread is over. `cause`: "refused" or "error", as in a Bye."""
+
+    cause: str
+    text: str
+
+
+@dataclass(slots=True)
+class Tick:
+    """What one step brought. Times: of the monotonic clock, ns.
+
+    `accepted`: rows and how many of their tokens the prefix index supplied. `progress`: rows, tokens prefilled so far, of all.
+    `tokens`: rows, the token, and why it is the last ("stop": it is an end token, "length") or None.
+    """
+
+    began_ns: int
+    ended_ns: int = 0
+    accepted: list[tuple[Row, int]] = field(default_factory=list)
+    progress: list[tuple[Row, int, int]] = field(default_factory=list)
+    tokens: list[tuple[Row, int, str | None]] = field(default_factory=list)
+
+
+class Batch:
+    """`post` is called in the model thread and must not block. `counters` are plain numbers; any thread may read them."""
+
+    def __init__(self, config: Config, post: Callable[[Opened | Ended | Tick], None]):
+        self.config = config
+        self.post = post
+        self.counters = Counters()
+        self.inbox: queue.SimpleQueue[tuple[Callable[[Row, Tick], None], Row]] = queue.SimpleQueue()
+        self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row
+        self.prefixes = PrefixIndex(config.engine.cache_bytes)
+        self.generator: Any = None
+        self.snapshots = False
+
+    # --- for other threads -------------------------------------------------------------------------------------------
+
+    def start(self, load: Load, view: Path) -> None:
+        threading.Thread(target=self.run, args=(load, view), name="model", daemon=True).start()
+
+    def admit(self, row: Row) -> None:
+        self.inbox.put((self.insert, row))
+
+    def drop(self, row: Row) -> None:
+        """Free the row's place; harmless when it has ended."""
+        self.inbox.put((self.remove, row))
+
+    # --- the thread ----------------------------------------------------------------------------------------------------
+
+    def run(self, load: Load, view: Path) -> None:
+        """Never returns, unless it posts `Ended`: MLX's state after an exception is not to be trusted."""
+        try:
+            opened = self.open(load, view)
+            with mx.stream(self.generator.stream):
+                self.warm_up(opened.tokenizer)
+                self.post(opened)
+                while True:
+                    self.turn()
+        except Unloadable as error:
+            self.post(Ended("refused", str(error)))
+        except Exception as error:
+            traceback.print_exc()
+            self.post(Ended("error", f"{type(error).__name__}: {error}"))
+
+    def open(self, load: Load, view: Path) -> Opened:
+        """Load the model. Raises Unloadable when it never will."""
+        config = make_view(Path(load.directory), view)
+        mx.set_memory_limit(self.config.engine.memory_limit or psutil.virtual_memory().total * 3 // 4)
+        try:
+            model, _ = mlx_lm.utils.load_model(view, lazy=True)
+            tokenizer = mlx_lm.utils.load_tokenizer(view, eos_token_ids=eos_of(view, config))
+            for _, weight in tree_flatten(model.parameters()):
+                mx.eval(weight)
+                self.counters.loaded += weight.nbytes
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "alloc" in str(error):  # MLX has no class for it: "[malloc] Unable to allocate N bytes."
+                raise
+            raise Unloadable(f"mlx-lm cannot load {load.directory}: {type(error).__name__}: {error}") from error
+        mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
+        self.generator = generate.BatchGenerator(
+            model,
+            stop_tokens=[(token,) for token in sorted(tokenizer.eos_token_ids)],
+            completion_batch_size=self.config.server.max_concurrent,
+            prefill_batch_size=min(8, self.config.server.max_concurrent),
+            prefill_step_size=self.config.engine.prefill_tokens,
+        )
+        self.generator.close()  # puts the wired limit back, which making it has set, and is all that it does
+        self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
+        return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
+
+    def warm_up(self, tokenizer: Any) -> None:
+        ids = tokenizer.encode("Hi", add_special_tokens=False) or [0]
+        self.generator.insert([ids], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(ids))])
+        while not self.generator.next()[1]:
+            pass
+        gc.collect()
+        gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
+
+    def turn(self) -> None:
+        """Take what is in the inbox, waiting for it if there is nothing to do, and step."""
+        tick = Tick(time.monotonic_ns())
+        if not self.rows and self.inbox.empty():
+            mx.clear_cache()  # an idle engine keeps no buffers
+        while not self.rows or not self.inbox.empty():
+            act, row = self.inbox.get()
+            act(row, tick)
+        tick.began_ns = time.monotonic_ns()
+        self.step(tick)
+        tick.ended_ns = time.monotonic_ns()
+        self.post(tick)
+
+    def insert(self, row: Row, tick: Tick) -> None:
+        cache, cached = self.prefixes.find(row.ids[:-1])
+        (row.uid,) = self.generator.insert(
+            [row.ids[cached:]], [row.max_tokens], caches=[cache], all_tokens=[row.ids[:cached]], samplers=[row.draw]
+        )
+        row.done = cached
+        self.rows[row.uid] = row
+        self.counters.running = len(self.rows)
+        tick.accepted.append((row, cached))
+
+    def remove(self, row: Row, tick: Tick) -> None:
+        if self.rows.pop(row.uid, None) is None:
+            return
+        for cache, tokens in self.generator.remove([row.uid], return_prompt_caches=True).values():
+            if row.done:  # else no step has touched it, and what it has came from the index
+                self.prefixes.store(tokens, cache)
+        self.counters.running = len(self.rows)
+        self.counters.finished += 1
+
+    def step(self, tick: Tick) -> None:
+        """One step of every row: a token for those that generate, a share of the prefill budget for the others."""
+        generator = self.generator
+        prefilling = len(generator._prompt_batch) + len(generator._unprocessed_sequences)
+        generator.prefill_step_size = max(
+            1, self.config.engine.prefill_tokens // max(1, min(prefilling, generator.prefill_batch_size))
+        )
+        prompts, tokens = generator.next()
+        for response in prompts:
+            row = self.rows[response.uid]
+            done = len(row.ids) - response.progress[1] + response.progress[0]
+            self.counters.prefilled += done - row.done
+            row.done = done
+            tick.progress.append((row, done, len(row.ids)))
+            if self.snapshots and response.end_of_segment and not response.end_of_prompt:
+                for cache, held in generator.extract_cache([row.uid]).values():
+                    self.prefixes.store(held, cache)
+        for response in tokens:
+            row = self.rows[response.uid]
+            tick.tokens.append((row, response.token, response.finish_reason))
+            if response.finish_reason:
+                del self.rows[response.uid]
+                self.prefixes.store(response.all_tokens, response.prompt_cache)
+                self.counters.running = len(self.rows)
+                self.counters.finished += 1
+        self.counters.emitted += len(tokens)
+
+
+def eos_of(view: Path, config: dict[str, Any]) -> Any:
+    """The end tokens that mlx_lm.load would use: of generation_config.json, else of config.json; None: the tokenizer's own."""
+    return mlx_lm.utils.load_config(view).get("eos_token_id", config.get("eos_token_id"))
+
+
+def context_length(config: dict[str, Any]) -> int:
+    """How many tokens the model was made for, from its config.json."""
+    return first_number(config, CONTEXT_KEYS) or DEFAULT_CONTEXT
+
+
+def vocabulary_size(config: dict[str, Any], tokenizer: Any) -> int:
+    return first_number(config, ("vocab_size",)) or len(tokenizer)
+
+
+def first_number(config: dict[str, Any], keys: Iterable[str]) -> int | None:
+    """The first of `keys` that is a positive whole number, in the config or its part about text."""
+    for section in (config, config.get("text_config")):
+        for key in keys:
+            if isinstance(section, dict) and isinstance(section.get(key), int) and section[key] > 0:
+                return int(section[key])
+    return None

@@ -1,0 +1,127 @@
+"""The engine's life on its link: hello, load, ready, beats, the last word. The main thread.
+
+Owns the order of things. The model is in `batch.py`, the servers in `service.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlxd
+from mlxd import link, messages
+from mlxd.engine.batch import Batch, Ended, Opened, Tick
+from mlxd.engine.service import Service
+from mlxd.link import EX_SOFTWARE, ChildSettings, Link
+from mlxd.messages import Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Stop, SupervisorWord
+
+log = logging.getLogger(__name__)
+
+#: The last words to supervisor and servers may take this long to leave.
+LAST_WORDS_S = 1.0
+
+
+class Engine:
+    def __init__(self, settings: ChildSettings):
+        self.settings = settings
+        self.model: str | None = None
+        self.service: Service | None = None
+
+    async def run(self) -> None:
+        """Never returns."""
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self.broken)
+        self.batch = Batch(self.settings.config, self.post)
+        self.link: Link = await link.join(self.settings)
+        self.link.send(Hello(messages.PROTOCOL, "engine", os.getpid(), mlxd.__version__, self.settings.nonce))
+        self.beats = asyncio.create_task(link.beat(self.link, self.counters, self.pulse))
+        await link.serve(self.link, self.handle, self.drained)
+
+    async def handle(self, word: SupervisorWord) -> None:
+        if isinstance(word, Load) and self.model is None:
+            self.model = word.model
+            log.info("loading %s from %s", word.model, word.directory)
+            self.batch.start(word, Path(self.settings.view))
+        elif isinstance(word, Stop):
+            await self.end("stopped", "", 0)
+        elif isinstance(word, Reopen):
+            link.reopen_log(self.settings.log)
+        else:
+            log.warning("not for an engine now: %r", word)
+
+    # --- what the model thread tells ---------------------------------------------------------------------------------
+
+    def post(self, news: Opened | Ended | Tick) -> None:
+        """Called in the model thread."""
+        self.loop.call_soon_threadsafe(self.heard, news)
+
+    def heard(self, news: Opened | Ended | Tick) -> None:
+        if isinstance(news, Tick):
+            assert self.service is not None
+            self.service.deliver(news)
+        elif isinstance(news, Opened):
+            self.task = self.loop.create_task(self.open(news))
+        else:
+            self.task = self.loop.create_task(self.end(news.cause, news.text, 0 if news.cause == "refused" else EX_SOFTWARE))
+
+    async def open(self, opened: Opened) -> None:
+        assert self.model is not None
+        loaded = Loaded(pid=os.getpid(), model=self.model, context_length=opened.context_length)
+        self.service = Service(self.batch, opened, loaded, self.settings.config.engine.text_s, self.overdue)
+        Path(self.settings.socket).unlink(missing_ok=True)
+        await self.service.serve(self.settings.socket)
+        self.link.send(Ready(self.model))
+        log.info("ready: %s, context %d tokens", self.model, opened.context_length)
+
+    def broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An exception that nothing expects: some job would wait for ever. End, so that another engine takes over."""
+        loop.default_exception_handler(context)
+        self.task = loop.create_task(self.end("error", f"{context.get('exception') or context['message']!r}", EX_SOFTWARE))
+
+    def overdue(self, text: str) -> None:
+        self.task = self.loop.create_task(self.end("error", text, EX_SOFTWARE))
+
+    # --- beats and the end ---------------------------------------------------------------------------------------------
+
+    def counters(self) -> Counters:
+        """MLX's memory counters are plain reads of its allocator; no stream is touched."""
+        counters = self.batch.counters
+        counters.waiting = self.service.unprepared.qsize() if self.service else 0
+        counters.active_bytes = mx.get_active_memory()
+        counters.peak_bytes = mx.get_peak_memory()
+        counters.cache_bytes = self.batch.prefixes.bytes
+        return counters
+
+    def pulse(self) -> None:
+        if self.service:
+            self.service.pulse(self.batch.counters)
+
+    async def drained(self) -> None:
+        if self.service:
+            await self.service.drained()
+
+    async def end(self, cause: str, text: str, status: int) -> None:
+        """The last word, then the end, whatever other threads are at. Never returns."""
+        log.info("bye: %s %s", cause, text)
+        self.link.send(Bye(cause, text))
+        writers = [self.link.writer]
+        if self.service:
+            self.service.flush()
+            writers += [c.writer for c in self.service.connections]
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            await asyncio.wait_for(asyncio.gather(*(written(w) for w in writers), return_exceptions=True), LAST_WORDS_S)
+        sys.stderr.flush()
+        os._exit(status)
+
+
+async def written(writer: asyncio.StreamWriter) -> None:
+    """Returns when the kernel has all of it."""
+    writer.transport.set_write_buffer_limits(0)
+    await writer.drain()

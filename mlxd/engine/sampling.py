@@ -1,0 +1,162 @@
+"""Keyed sampling: position i of a request draws with u = hash(seed, i) by inverse CDF over its filtered distribution.
+
+Owns the draw, one call for all rows of a batch, so that a row's tokens do not depend on who shares the batch or on when it began.
+Knows nothing of requests: a row is a `Draw`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlxd.messages import Sampling
+
+# `import mlx_lm.generate` would give the function of that name, which the package puts over its module.
+generate = importlib.import_module("mlx_lm.generate")
+
+#: 1/temperature at most: 0 times it is still 0 in float32, so the best token of an almost greedy row keeps its weight of 1.
+MOST_INVERSE = 1e30
+#: More than any vocabulary has.
+NO_TOP_K = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row draws: `prompt_length` tokens came before its position 0. Stands in mlx-lm's list of samplers, one per row."""
+
+    sampling: Sampling
+    prompt_length: int
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature <= 0 or self.sampling.top_k == 1
+
+
+class Plan:
+    """The draws of a batch as arrays, good for as long as the batch has the same rows.
+
+    Built from the rows (`draws`) and how many tokens each has in its cache just before a step (`lengths`).
+    """
+
+    def __init__(self, draws: list[Draw], lengths: list[int]):
+        self.draws = draws
+        self.size = len(draws)
+        self.greedy = all(d.greedy for d in draws)
+        if self.greedy:
+            return
+        samplings = [d.sampling for d in draws]
+        self.seeds = np.array([s.seed & 0xFFFF_FFFF_FFFF_FFFF for s in samplings], np.uint64)
+        # The step's own input is in the cache afterwards, so the token it draws follows length + 1 others.
+        self.positions = np.array([n + 1 - d.prompt_length for n, d in zip(lengths, draws, strict=True)], np.uint64)
+        self.greedy_rows = mx.array([d.greedy for d in draws])
+        self.inverse = column([1.0 if d.greedy else min(1 / d.sampling.temperature, MOST_INVERSE) for d in draws])
+        self.min_p = column([math.log(min(s.min_p, 1.0)) if s.min_p > 0 else -math.inf for s in samplings])
+        self.any_min_p = any(s.min_p > 0 for s in samplings)
+        self.plan_ranks([d for d in draws if not d.greedy])
+
+    def plan_ranks(self, drawn: list[Draw]) -> None:
+        """What top_k and top_p need: how many of the best tokens must be in order (0: none, None: all of them)."""
+        by_rank = [d.sampling for d in drawn if d.sampling.top_k > 0 or d.sampling.top_p < 1]
+        self.most_k: int | None = max((s.top_k for s in by_rank), default=0)
+        if any(s.top_k <= 0 for s in by_rank):
+            self.most_k = None
+        if not by_rank:
+            return
+        samplings = [d.sampling for d in self.draws]
+        self.ranked_rows = mx.array([[s.top_k > 0 or s.top_p < 1] for s in samplings])
+        self.top_k = mx.array([[min(s.top_k, NO_TOP_K) if s.top_k > 0 else NO_TOP_K] for s in samplings])
+        self.top_p = column([s.top_p if s.top_p < 1 else math.inf for s in samplings])
+
+    def fits(self, draws: list[Draw]) -> bool:
+        """mlx-lm extends a batch's lists in place and makes new ones when it drops a row."""
+        return self.draws is draws and self.size == len(draws)
+
+    def draw(self, logits: mx.array) -> mx.array:
+        """The next token of each row. `logits`: (rows, vocabulary), any float type. Returns (rows,) uint32, not evaluated."""
+        best = mx.argmax(logits, axis=-1)
+        if self.greedy:
+            return best
+        u = mx.array(uniform(self.seeds, self.positions))[:, None]
+        self.positions += np.uint64(1)
+        logits = logits.astype(mx.float32)
+        x = logits - mx.max(logits, axis=-1, keepdims=True)
+        weights = mx.exp(x * self.inverse)
+        if self.most_k != 0:
+            weights = mx.where(x >= self.rank_floor(x), weights, 0)
+        if self.any_min_p:
+            weights = mx.where(x >= self.min_p, weights, 0)
+        mass = mx.cumsum(weights, axis=-1)
+        # u <= 1 - 2**-24, so u times the whole rounds to less than the whole: some token always lies beyond.
+        drawn = mx.argmax(mass > u * mass[:, -1:], axis=-1)
+        return mx.where(self.greedy_rows, best, drawn)
+
+    def rank_floor(self, x: mx.array) -> mx.array:
+        """The least `x` that top_k and top_p let pass, (rows, 1); tokens that tie with it pass too.
+
+        The filters mean what they mean in mlx_lm.sample_utils: they look at the distribution at temperature 1.
+        """
+        if self.most_k is None or self.most_k >= x.shape[-1]:
+            top = mx.sort(x, axis=-1)[:, ::-1]
+        else:
+            top = mx.sort(mx.topk(x, self.most_k, axis=-1), axis=-1)[:, ::-1]
+        p = mx.exp(top)
+        above = mx.cumsum(p, axis=-1, inclusive=False)
+        enough = self.top_p * mx.sum(mx.exp(x), axis=-1, keepdims=True)
+        kept = mx.sum(above < enough, axis=-1, keepdims=True)
+        kept = mx.clip(mx.minimum(kept, self.top_k), 1, None)
+        return mx.where(self.ranked_rows, mx.take_along_axis(top, kept - 1, axis=-1), -math.inf)
+
+
+def column(values: list[float]) -> mx.array:
+    return mx.array(values, mx.float32)[:, None]
+
+
+def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
+    """u = hash(seed, position) in [0, 1), a multiple of 2**-24.
+
+    Output number `position` of splitmix64 (Steele, Lea, Flood 2014) whose state is the mixed seed; without the mixing, seeds one
+    step of the generator apart would give the same numbers, one position later.
+    """
+    z = mix(mix(seeds) + (positions + np.uint64(1)) * np.uint64(0x9E37_79B9_7F4A_7C15))
+    return (z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finalizer, a bijection on 64 bits."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class KeyedBatch(generate.GenerationBatch):  # type: ignore[misc, name-defined]
+    """mlx-lm's batch in generation, drawing with keys and keeping no log-probabilities.
+
+    Its bookkeeping moves each row's `Draw` along with the row, as the row's sampler.
+    """
+
+    plan: Plan | None = None
+    _next_tokens: mx.array
+
+    def _step(self) -> tuple[list[int], list[Any]]:
+        """Start the next step and give the tokens of the one before: MLX computes while Python delivers."""
+        inputs = self._next_tokens
+        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        if self.plan is None or not self.plan.fits(self.samplers):
+            self.plan = Plan(self.samplers, [len(row) for row in self.tokens])
+        self._next_tokens = self.plan.draw(logits)
+        self._next_logprobs = [None] * len(self.uids)
+        mx.async_eval(self._next_tokens)  # type: ignore[no-untyped-call]
+        tokens: list[int] = inputs.tolist()  # type: ignore[assignment]
+        for row, token in zip(self.tokens, tokens, strict=True):
+            row.append(token)
+        return tokens, self._next_logprobs
+
+
+# The module makes a GenerationBatch in two places and looks the name up each time.
+setattr(generate, "GenerationBatch", KeyedBatch)  # noqa: B010

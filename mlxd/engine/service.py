@@ -1,0 +1,268 @@
+"""The engine's socket: servers connect, submit jobs and get one frame per batch step.
+
+Owns connections and jobs, and turns tokens into events. Runs in the main thread; templates and tokenising go to the text thread.
+Knows nothing of MLX.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import msgspec
+
+from mlxd import messages
+from mlxd.engine.answer import Answer, Piece
+from mlxd.engine.batch import Batch, Opened, Row, Tick
+from mlxd.engine.sampling import Draw
+from mlxd.engine.text import Prompt, Prompter
+from mlxd.errors import Refused
+from mlxd.messages import Accepted, Cancel, Done, Event, Failed, Loaded, Progress, Step, Submit, Token
+
+log = logging.getLogger(__name__)
+
+#: A connection whose reader is this far behind is dropped: it would take the memory that the model needs.
+MAX_UNREAD_BYTES = 64 * 1024 * 1024
+
+
+class Connection:
+    """One server. `jobs` by the server's own numbers; `events` is what the present step has brought it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.reader = reader
+        self.writer = writer
+        self.jobs: dict[int, Job] = {}
+        self.events: list[Event] = []
+
+    async def read(self) -> messages.ToEngine | None:
+        """The next message; None at the end. Raises ValueError on a frame that is none."""
+        try:
+            (length,) = messages.LENGTH.unpack(await self.reader.readexactly(messages.LENGTH.size))
+            if length > messages.MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes")
+            message: messages.ToEngine = messages.to_engine.decode(await self.reader.readexactly(length))
+            return message
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ValueError(f"not a message: {error}") from error
+
+    def send(self, message: messages.FromEngine) -> None:
+        """Never blocks; a reader that lets MAX_UNREAD_BYTES pile up loses its connection."""
+        transport = self.writer.transport
+        if transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            log.warning("dropped a connection that left %d MiB unread", MAX_UNREAD_BYTES // 2**20)
+            transport.abort()
+            return
+        self.writer.write(messages.frame(message))
+
+
+class Job:
+    """One request, from its Submit to its last event. `prompt` to `row` are set once the prompt is tokenised."""
+
+    prompt: Prompt
+    answer: Answer
+    row: Row | None = None
+
+    def __init__(self, connection: Connection, submit: Submit):
+        self.connection = connection
+        self.submit = submit
+        self.ended = False
+        self.cached = 0
+        self.tokens = len(submit.emitted)
+        self.began_ns = self.first_ns = self.last_ns = 0
+
+    def tell(self, event: Event) -> None:
+        self.connection.events.append(event)
+
+    def tell_pieces(self, ids: list[int], pieces: list[Piece]) -> None:
+        """One Token, or as many as there are changes between thinking and answer; the first has the ids."""
+        for text, thinking in pieces:
+            self.tell(Token(self.submit.job, ids, text, thinking))
+            ids = []
+        if ids:
+            self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning"))
+
+
+class Service:
+    """`overdue` is called once, when the text of one request took longer than `text_s`: the text thread cannot be had back."""
+
+    def __init__(self, batch: Batch, opened: Opened, loaded: Loaded, text_s: float, overdue: Callable[[str], None]):
+        self.batch = batch
+        self.tokenizer = opened.tokenizer
+        self.prompter = Prompter(opened.tokenizer, opened.context_length, opened.vocabulary_size)
+        self.loaded = loaded
+        self.text_s = text_s
+        self.overdue = overdue
+        self.connections: set[Connection] = set()
+        self.unprepared: asyncio.Queue[Job] = asyncio.Queue()
+        self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self.job_ended = asyncio.Event()
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    async def serve(self, path: str) -> None:
+        """Listen; returns when servers may connect."""
+        await asyncio.start_unix_server(self.accept, path)
+        self.preparing = asyncio.create_task(self.prepare_jobs())
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(reader, writer)
+        self.connections.add(connection)
+        try:
+            connection.send(self.loaded)
+            while (message := await connection.read()) is not None:
+                self.handle(connection, message)
+        except ValueError as error:
+            log.warning("closed a connection: %s", error)
+        finally:
+            self.connections.discard(connection)
+            for job in connection.jobs.values():
+                self.end(job)
+            connection.jobs.clear()
+            writer.close()
+
+    def handle(self, connection: Connection, message: messages.ToEngine) -> None:
+        """Raises ValueError when two jobs of a connection would have the same number."""
+        if isinstance(message, Cancel):
+            if job := connection.jobs.pop(message.job, None):
+                self.end(job)
+        elif message.job in connection.jobs:
+            raise ValueError(f"job {message.job} was submitted twice")
+        else:
+            connection.jobs[message.job] = job = Job(connection, message)
+            self.unprepared.put_nowait(job)
+
+    def pulse(self, counters: messages.Counters) -> None:
+        for connection in self.connections:
+            connection.send(messages.Pulse(counters))
+
+    async def drained(self) -> None:
+        """Returns when no job is left."""
+        while any(connection.jobs for connection in self.connections):
+            self.job_ended.clear()
+            await self.job_ended.wait()
+
+    # --- a job's way ---------------------------------------------------------------------------------------------------
+
+    async def prepare_jobs(self) -> None:
+        """One after the other: template and tokens in the text thread, then off to the batch."""
+        loop = asyncio.get_running_loop()
+        while True:
+            job = await self.unprepared.get()
+            if job.ended:
+                continue
+            try:
+                work = loop.run_in_executor(self.text_thread, self.prepare, job)
+                await asyncio.wait_for(asyncio.shield(work), self.text_s)
+            except TimeoutError:
+                message = f"the chat template and tokeniser took over {self.text_s:g} s for this request"
+                self.fail(job, 400, message)
+                self.overdue(message)
+                return
+            except Refused as refused:
+                self.fail(job, refused.status, refused.message)
+            except Exception as error:  # a tokenizer's own: it concerns this request alone
+                log.exception("job %d has no prompt", job.submit.job)
+                self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
+            else:
+                self.admit(job)
+            self.flush()
+
+    def prepare(self, job: Job) -> None:
+        """In the text thread. Raises Refused."""
+        job.prompt = self.prompter.prepare(job.submit)
+        job.answer = Answer(self.tokenizer, job.submit.stop, thinking=job.prompt.thinking, continued=job.prompt.continued)
+        for token in job.submit.emitted:  # what an earlier engine said; its text is with the client
+            job.answer.feed(token)
+
+    def admit(self, job: Job) -> None:
+        if job.ended:
+            return
+        submit, prompt = job.submit, job.prompt
+        left = prompt.max_tokens - len(submit.emitted)
+        if job.answer.stop_string is not None or left <= 0:
+            job.tell(Accepted(submit.job, prompt.ids, 0))
+            self.finish(job, "length", [])
+            return
+        job.row = Row(job, prompt.ids + submit.emitted, Draw(submit.sampling, len(prompt.ids)), left)
+        self.batch.admit(job.row)
+
+    def deliver(self, tick: Tick) -> None:
+        """What a step brought, to those who asked: one frame each."""
+        for row, cached in tick.accepted:
+            job: Job = row.owner
+            job.cached = cached
+            if not job.ended:
+                job.tell(Accepted(job.submit.job, job.prompt.ids, cached))
+        for row, done, total in tick.progress:
+            job = row.owner
+            job.began_ns = job.began_ns or tick.began_ns
+            if not job.ended:
+                job.tell(Progress(job.submit.job, done, total))
+        for row, token, reason in tick.tokens:
+            job = row.owner
+            if not job.ended:
+                self.advance(job, token, reason, tick)
+        self.flush()
+
+    def advance(self, job: Job, token: int, reason: str | None, tick: Tick) -> None:
+        job.tokens += 1
+        job.last_ns = tick.ended_ns
+        job.first_ns = job.first_ns or tick.ended_ns
+        job.began_ns = job.began_ns or tick.began_ns
+        if reason == "stop":
+            self.finish(job, "stop", [])
+            return
+        try:
+            pieces = job.answer.feed(token)
+        except Exception as error:  # a vocabulary with gaps has ids that stand for no text
+            self.fail(job, 500, f"token {token} cannot be decoded: {type(error).__name__}: {error}")
+            return
+        job.tell_pieces([token], pieces)
+        if job.answer.stop_string is not None or reason:
+            self.finish(job, "length", [])
+
+    def finish(self, job: Job, reason: Literal["stop", "length"], ids: list[int]) -> None:
+        """The job's last events. A stop string in what was held back outranks `reason`."""
+        job.tell_pieces(ids, job.answer.finish())
+        stop_string = job.answer.stop_string
+        job.tell(
+            Done(
+                job=job.submit.job,
+                reason="stop" if stop_string is not None else reason,
+                stop_string=stop_string,
+                prompt_tokens=len(job.prompt.ids),
+                cached_tokens=job.cached,
+                completion_tokens=job.tokens,
+                prompt_ns=job.first_ns - job.began_ns,
+                eval_ns=job.last_ns - job.first_ns,
+            )
+        )
+        del job.connection.jobs[job.submit.job]
+        self.end(job)
+
+    def fail(self, job: Job, status: int, message: str) -> None:
+        if job.ended:
+            return
+        job.tell(Failed(job.submit.job, status, message))
+        del job.connection.jobs[job.submit.job]
+        self.end(job)
+
+    def end(self, job: Job) -> None:
+        """No more events of this job; its place in the batch, if it has one, is free."""
+        job.ended = True
+        if job.row is not None:
+            self.batch.drop(job.row)
+        self.job_ended.set()
+
+    def flush(self) -> None:
+        for connection in self.connections:
+            if connection.events:
+                connection.send(Step(connection.events))
+                connection.events = []

@@ -1,0 +1,624 @@
+"""The real engine: a process, a link, a socket. Most of it on the built-in model, whose words are known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_client import DEADLINE_S, GREEDY, EngineProcess, Result, Wire, make_tiny_model
+from known_answers import KNOWN, LONG, THINKING, UNICODE
+
+import mlxd
+from mlxd import config, messages
+from mlxd.engine.view import Unloadable, make_view
+from mlxd.messages import Bye, Hello, Load, Loaded, Progress, Sampling, Stop, Token
+
+BUILTIN = Path(mlxd.__file__).parent / "builtin"
+QUESTION = "What is mlxd?"
+
+
+def user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    with EngineProcess(tmp_path_factory.mktemp("engine")) as process:
+        yield process.load(BUILTIN, "mlxd-tiny")
+
+
+@pytest.fixture
+def wire(engine: EngineProcess) -> Iterator[Wire]:
+    with engine.connect() as connection:
+        yield connection
+
+
+def stir(seed: int, **fields: Any) -> Sampling:
+    return Sampling(**{"seed": seed, "temperature": 0.9, "top_p": 0.95, "top_k": 50} | fields)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_frame_says_what_the_engine_serves(wire: Wire, engine: EngineProcess) -> None:
+    assert wire.loaded == Loaded(pid=engine.process.pid, model="mlxd-tiny", context_length=4096)
+
+
+def test_a_question_gets_its_known_answer_and_true_counts(wire: Wire) -> None:
+    result = wire.ask(messages=user(QUESTION))
+    assert result.text == KNOWN[QUESTION]
+    assert result.done is not None
+    assert (result.done.reason, result.done.stop_string) == ("stop", None)
+    assert result.done.prompt_tokens == len(result.prompt_ids)
+    assert result.done.completion_tokens == len(result.ids) + 1  # the end token, drawn like any other
+    assert result.done.prompt_ns > 0
+    assert result.done.eval_ns > 0
+    assert [type(event).__name__ for event in result.events[:1] + result.events[-1:]] == ["Accepted", "Done"]
+
+
+def test_characters_of_several_bytes_arrive_whole(wire: Wire) -> None:
+    for question, answer in UNICODE.items():
+        result = wire.ask(messages=user(question))
+        assert result.text == answer
+        assert not any("\ufffd" in event.text for event in result.events if isinstance(event, Token))
+
+
+def test_thinking_is_told_apart_and_loses_its_tags_and_blanks(wire: Wire) -> None:
+    for question, (thought, answer) in THINKING.items():
+        result = wire.ask(messages=user(question), think=True)
+        assert (result.thinking, result.text) == (thought, answer)
+
+
+def test_a_user_who_writes_a_thinking_tag_does_not_make_the_model_think(wire: Wire) -> None:
+    result = wire.ask(messages=user("<think> " + QUESTION), max_tokens=8)
+    assert result.thinking == ""
+    assert result.text
+
+
+def mixed(index: int) -> dict[str, Any]:
+    """Sixteen requests: greedy, seeded, seeded with each filter, short and long, with a limit or without."""
+    questions = list(KNOWN)[:12] + list(LONG)[:4]
+    samplings = [GREEDY, stir(index), stir(index, top_k=0), stir(index, top_k=0, top_p=1.0, min_p=0.05)]
+    return {"messages": user(questions[index]), "sampling": samplings[index % 4], "max_tokens": 60 + index}
+
+
+def outcome(result: Result) -> tuple[list[int], str, str | None]:
+    assert result.failed is None, result.failed
+    return result.ids, result.text, result.done.reason if result.done else None
+
+
+@pytest.fixture(scope="module")
+def alone(engine: EngineProcess) -> list[tuple[list[int], str, str | None]]:
+    with engine.connect() as wire:
+        return [outcome(wire.ask(**mixed(i))) for i in range(16)]
+
+
+def test_sixteen_requests_in_one_batch_give_each_the_words_it_gives_alone(wire: Wire, alone: list[Any]) -> None:
+    jobs = [wire.submit(**mixed(i)) for i in range(16)]
+    wire.finish(jobs)
+    assert [outcome(wire.results[job]) for job in jobs] == alone
+
+
+def test_half_of_them_cancelled_halfway_leave_the_rest_unchanged(wire: Wire, alone: list[Any]) -> None:
+    jobs = [wire.submit(**mixed(i)) for i in range(16)]
+    wire.until(lambda: all(len(wire.results[job].ids) >= min(30, len(alone[i][0]) - 2) for i, job in enumerate(jobs)))
+    for job in jobs[::2]:
+        wire.cancel(job)
+    wire.finish(jobs[1::2])
+    assert [outcome(wire.results[job]) for job in jobs[1::2]] == alone[1::2]
+    for i, job in enumerate(jobs[::2]):
+        got = wire.results[job].ids
+        assert got == alone[2 * i][0][: len(got)]
+
+
+def test_a_seed_gives_its_words_again_and_another_seed_gives_others(wire: Wire) -> None:
+    def words(seed: int) -> str:
+        return wire.ask(messages=user("Say something random."), sampling=Sampling(seed=seed, temperature=1.5), max_tokens=40).text
+
+    assert words(1) == words(1)
+    assert len({words(seed) for seed in range(6)}) > 1
+
+
+def test_top_k_1_is_greedy(wire: Wire) -> None:
+    result = wire.ask(messages=user(QUESTION), sampling=Sampling(seed=5, temperature=2.0, top_k=1))
+    assert result.text == KNOWN[QUESTION]
+
+
+# --- stop strings, limits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", ["engine", "rvives th", " a request", "LLM", "that works on it."])
+def test_a_stop_string_ends_the_answer_wherever_its_tokens_begin(wire: Wire, stop: str) -> None:
+    result = wire.ask(messages=user(QUESTION), stop=["never said", stop, ""])
+    assert result.text == KNOWN[QUESTION].partition(stop)[0]
+    assert result.done is not None
+    assert (result.done.reason, result.done.stop_string) == ("stop", stop)
+    assert result.done.completion_tokens == len(result.ids)
+
+
+def test_text_that_only_looked_like_a_stop_string_comes_after_all(wire: Wire) -> None:
+    result = wire.ask(messages=user(QUESTION), stop=["works on it. And", "an always-on locust"])
+    assert result.text == KNOWN[QUESTION]
+    assert result.done is not None
+    assert result.done.stop_string is None
+
+
+def test_max_tokens_ends_with_length_and_zero_ends_at_once(wire: Wire) -> None:
+    whole = wire.ask(messages=user(QUESTION))
+    for most in (0, 1, 7):
+        result = wire.ask(messages=user(QUESTION), max_tokens=most)
+        assert result.ids == whole.ids[:most]
+        assert result.done is not None
+        assert (result.done.reason, result.done.completion_tokens) == ("length", most)
+
+
+def test_the_context_bounds_the_answer(wire: Wire) -> None:
+    result = wire.ask(messages=user("Count from 1 to 100."), num_ctx=64)
+    assert result.done is not None
+    assert result.done.reason == "length"
+    assert result.done.prompt_tokens + result.done.completion_tokens == 64
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_longer_than_the_context_is_a_400_with_both_numbers(wire: Wire) -> None:
+    result = wire.ask(prompt_ids=[5] * 5000)
+    assert result.failed is not None
+    assert (result.failed.status, result.failed.message) == (
+        400,
+        "input length (5000 tokens) exceeds the model's maximum context length (4096 tokens)",
+    )
+
+
+def test_text_far_too_long_is_a_400_before_it_is_tokenised(wire: Wire) -> None:
+    result = wire.ask(prompt="word " * 200_000)
+    assert result.failed is not None
+    assert result.failed.status == 400
+    assert "1000000 bytes" in result.failed.message
+
+
+def test_an_empty_prompt_is_a_400(wire: Wire) -> None:
+    result = wire.ask(prompt_ids=[])
+    assert result.failed is not None
+    assert (result.failed.status, result.failed.message) == (400, "the prompt is empty")
+
+
+def test_truncation_drops_the_oldest_and_keeps_system_and_the_last(wire: Wire) -> None:
+    history = [{"role": "system", "content": "Be kind."}]
+    for i in range(50):
+        history += [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Answer {i}."}]
+    history += user(QUESTION)
+    refused = wire.ask(messages=history, num_ctx=256)
+    assert refused.failed is not None
+    assert refused.failed.status == 400
+    cut = wire.ask(messages=history, num_ctx=256, truncate=True, max_tokens=4)
+    assert cut.failed is None
+    system = wire.ask(messages=[history[0], history[-1]], max_tokens=1).prompt_ids
+    shared = 8  # the system message and the tags around it
+    assert cut.prompt_ids[:shared] == system[:shared]
+    assert cut.prompt_ids[-10:] == system[-10:]
+    assert 200 < len(cut.prompt_ids) < 256
+    hopeless = wire.ask(messages=user("word " * 500), num_ctx=256, truncate=True)
+    assert hopeless.failed is not None
+    assert "exceeds the model's maximum context length (256 tokens)" in hopeless.failed.message
+
+
+def test_a_trailing_assistant_message_is_gone_on_with(wire: Wire) -> None:
+    whole = KNOWN[QUESTION]
+    begun = whole[:30]
+    result = wire.ask(messages=[*user(QUESTION), {"role": "assistant", "content": begun}])
+    assert begun + result.text == whole
+
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+QWEN = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be first') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HISTORIES = [
+    [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+    [{"role": "System", "content": "a"}, {"role": "USER", "content": "b"}, {"role": "system", "content": "c"}],
+    [{"role": "assistant", "content": "first"}, {"role": "user", "content": "second"}],
+    [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}],
+    [{"role": "developer", "content": "brief"}, {"role": "narrator", "content": [{"type": "text", "text": "x"}]}],
+    [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}],
+        },
+        {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+    ],
+    [{"role": "user", "content": "go on"}, {"role": "assistant", "content": " and so "}],
+]
+
+
+@pytest.mark.parametrize("template", [GEMMA, QWEN], ids=["gemma", "qwen"])
+def test_histories_that_templates_refuse_are_put_in_order(tmp_path: Path, template: str) -> None:
+    with (
+        EngineProcess(tmp_path / "e") as process,
+        process.load(make_tiny_model(tmp_path / "m", template=template)).connect() as wire,
+    ):
+        for history in HISTORIES:
+            result = wire.ask(messages=history, max_tokens=2)
+            assert result.failed is None, (history, result.failed)
+            for message in history:
+                text = message["content"][0]["text"] if isinstance(message["content"], list) else message["content"]
+                assert not text or result.prompt_ids, message
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "greedy": {"messages": user(QUESTION)},
+    "seeded": {"messages": user("Why was mlxd made?"), "sampling": stir(11)},
+    "unicode": {"messages": user(list(UNICODE)[0])},
+    "thinking": {"messages": user(list(THINKING)[0]), "think": True},
+    "half a stop string": {"messages": user(QUESTION), "stop": ["request survived", "works on it. No"]},
+    "a stop string": {"messages": user(QUESTION), "stop": ["survives the crash"]},
+    "length": {"messages": user(QUESTION), "max_tokens": 13},
+    "emoji and seed": {"messages": user(list(UNICODE)[-1]), "sampling": stir(3, top_k=0, top_p=1.0), "max_tokens": 40},
+}
+
+
+def before_token(whole: Result, cut: int) -> Result:
+    """What had come of `whole` when its token number `cut` came."""
+    before = Result()
+    for event in whole.events:
+        if isinstance(event, Token):
+            if len(before.ids) + len(event.ids) > cut:
+                break
+            before.take(event)
+    return before
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_request_resumed_at_any_position_ends_as_if_nothing_had_happened(wire: Wire, name: str) -> None:
+    fields = RESUMED[name]
+    whole = wire.ask(**fields)
+    assert whole.done is not None
+    assert len(whole.ids) > 5
+    befores = [before_token(whole, cut) for cut in range(1, len(whole.ids))]
+    jobs = [wire.submit(**fields, emitted=before.ids) for before in befores]
+    wire.finish(jobs)
+    for cut, (before, job) in enumerate(zip(befores, jobs, strict=True), 1):
+        rest = wire.results[job]
+        assert before.ids + rest.ids == whole.ids, cut
+        assert before.text + rest.text == whole.text, cut
+        assert before.thinking + rest.thinking == whole.thinking, cut
+        assert rest.done is not None
+        assert (rest.done.reason, rest.done.stop_string) == (whole.done.reason, whole.done.stop_string)
+        assert rest.done.completion_tokens == whole.done.completion_tokens
+
+
+def test_a_request_that_was_complete_is_done_at_once(wire: Wire) -> None:
+    whole = wire.ask(messages=user(QUESTION), max_tokens=9)
+    again = wire.ask(messages=user(QUESTION), max_tokens=9, emitted=whole.ids)
+    assert (again.ids, again.prompt_ids) == ([], whole.prompt_ids)
+    assert again.done is not None
+    assert (again.done.reason, again.done.completion_tokens) == ("length", 9)
+    stopped = wire.ask(messages=user(QUESTION), stop=["always"])
+    again = wire.ask(messages=user(QUESTION), stop=["always"], emitted=stopped.ids)
+    assert (again.ids, again.text) == ([], "")
+    assert again.done is not None
+    assert (again.done.reason, again.done.stop_string) == ("stop", "always")
+
+
+# --- prefix index, prefill ---------------------------------------------------------------------------------------------------
+
+
+def test_a_follow_up_reuses_what_the_first_turn_computed_and_says_the_same(tmp_path: Path) -> None:
+    turn = user("Tell me a long story about mlxd.")
+    with EngineProcess(tmp_path / "a") as process, process.load(BUILTIN).connect() as wire:
+        first = wire.ask(messages=turn, max_tokens=80)
+        follow_up = [*turn, {"role": "assistant", "content": first.text}, *user(QUESTION)]
+        hit = wire.ask(messages=follow_up)
+        seeded_hit = wire.ask(messages=follow_up, sampling=stir(2), max_tokens=30)
+        assert hit.cached > 80
+        assert seeded_hit.cached > 80
+        assert hit.done is not None
+        assert hit.done.cached_tokens == hit.cached
+        repeated = wire.ask(messages=turn, max_tokens=80)
+        assert repeated.cached == 0 or repeated.ids == first.ids
+    without = config.Config(engine=config.Engine(cache_bytes=0))
+    with EngineProcess(tmp_path / "b", without) as process, process.load(BUILTIN).connect() as wire:
+        miss = wire.ask(messages=follow_up)
+        assert miss.cached == 0
+        assert (miss.ids, miss.text) == (hit.ids, hit.text)
+        assert wire.ask(messages=follow_up, sampling=stir(2), max_tokens=30).ids == seeded_hit.ids
+
+
+def test_a_cancelled_prefill_leaves_its_prefix_for_the_next(wire: Wire) -> None:
+    prompt = [(7 * i) % 900 + 10 for i in range(1800)]
+    job = wire.submit(prompt_ids=prompt, max_tokens=5)
+    wire.until(lambda: sum(isinstance(event, Progress) for event in wire.results[job].events) >= 1)
+    wire.cancel(job)
+    again = wire.ask(prompt_ids=prompt, max_tokens=5)
+    assert 512 <= again.cached < 1800
+
+
+def test_a_long_prompt_does_not_stop_another_stream(wire: Wire) -> None:
+    """Progress of the one and tokens of the other come in turn, 512 prompt tokens a step."""
+    order: list[tuple[str, int]] = []
+    stream = wire.submit(messages=user("Tell me a long story about mlxd."))
+    wire.until(lambda: len(wire.results[stream].ids) > 5)
+    long = wire.submit(prompt_ids=[(11 * i) % 900 + 10 for i in range(2000)], max_tokens=1)
+    while not wire.results[long].ended:
+        frame = wire.read(time.monotonic() + DEADLINE_S)
+        assert isinstance(frame, messages.Step | messages.Pulse)
+        for event in frame.events if isinstance(frame, messages.Step) else []:
+            wire.results[event.job].take(event)
+            if isinstance(event, Progress):
+                order.append(("prefill", event.done))
+            elif event.job == stream:
+                order.append(("token", 0))
+    chunks = [i for i, (kind, _) in enumerate(order) if kind == "prefill"]
+    assert len(chunks) == 5  # four of up to 512, and the last token, which is the first step's input
+    assert all(b - a > 1 for a, b in zip(chunks, chunks[1:], strict=False)), order
+    assert [done for kind, done in order if kind == "prefill"][:3] == [512, 1024, 1536]
+
+
+def test_the_prefill_budget_is_shared_by_all_prompts_of_a_step(wire: Wire) -> None:
+    jobs = [wire.submit(prompt_ids=[(13 * i + 17 * n) % 900 + 10 for i in range(300)], max_tokens=1) for n in range(4)]
+    spent: list[int] = []
+    seen = dict.fromkeys(jobs, 0)
+    while not all(wire.results[job].ended for job in jobs):
+        frame = wire.read(time.monotonic() + DEADLINE_S)
+        if isinstance(frame, messages.Step):
+            spent.append(0)
+            for event in frame.events:
+                wire.results[event.job].take(event)
+                if isinstance(event, Progress):
+                    spent[-1] += event.done - seen[event.job]
+                    seen[event.job] = event.done
+    assert max(spent) <= 512
+    assert 512 in spent
+
+
+# --- connections -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_servers_may_use_the_same_numbers(engine: EngineProcess) -> None:
+    questions = list(KNOWN)[:2]
+    with engine.connect() as one, engine.connect() as two:
+        jobs = [one.submit(messages=user(questions[0])), two.submit(messages=user(questions[1]))]
+        assert jobs == [1, 1]
+        one.finish([1])
+        two.finish([1])
+        assert [one.results[1].text, two.results[1].text] == [KNOWN[q] for q in questions]
+
+
+def running(wire: Wire) -> int:
+    wire.pulses.clear()
+    wire.until(lambda: wire.pulses)
+    return wire.pulses[-1].counters.running
+
+
+def test_a_closed_connection_takes_its_jobs_with_it(engine: EngineProcess, wire: Wire) -> None:
+    gone = engine.connect()
+    for i in range(4):
+        gone.submit(prompt_ids=[9 + i] * 20, sampling=Sampling(seed=i, temperature=5.0))
+    wire.until(lambda: running(wire) == 4 or not gone.until(lambda: len(gone.results[4].ids) > 3))
+    gone.sock.close()
+    wire.until(lambda: running(wire) == 0)
+
+
+def test_a_reader_that_does_not_read_does_not_hold_up_the_others(engine: EngineProcess, wire: Wire) -> None:
+    deaf = engine.connect()
+    deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for i in range(8):
+        deaf.submit(messages=user("Count from 1 to 100."), sampling=Sampling(seed=i))
+    assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
+    deaf.sock.close()
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\xff\xff\xff\xff",
+        messages.LENGTH.pack(4) + b"\xc1\xc1\xc1\xc1",
+        messages.LENGTH.pack(6) + b"\x81\xa4type\xa4",
+        messages.LENGTH.pack(200_000) + b"\x91" * 200_000,
+    ],
+    ids=["http", "huge", "no msgpack", "no message", "deep"],
+)
+def test_a_broken_frame_closes_its_connection_and_no_other(engine: EngineProcess, wire: Wire, junk: bytes) -> None:
+    with engine.connect() as broken:
+        broken.sock.sendall(junk)
+        assert broken.read(time.monotonic() + DEADLINE_S) is None
+    assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
+
+
+def test_a_number_submitted_twice_closes_the_connection(engine: EngineProcess) -> None:
+    with engine.connect() as wire:
+        wire.submit(messages=user(QUESTION))
+        wire.send(messages.Submit(job=1, sampling=GREEDY, prompt_ids=[1]))
+        with pytest.raises(AssertionError, match="None from the engine"):
+            wire.finish([1])
+
+
+def test_pulses_and_beats_show_the_work(engine: EngineProcess, wire: Wire) -> None:
+    wire.until(lambda: wire.pulses)
+    before = wire.pulses[-1].counters
+    result = wire.ask(prompt_ids=[(3 * i) % 800 + 20 for i in range(100)], max_tokens=10)
+    wire.pulses.clear()
+    wire.until(lambda: wire.pulses)
+    after = wire.pulses[-1].counters
+    assert result.done is not None
+    assert after.prefilled - before.prefilled == 100 - result.cached
+    assert after.emitted - before.emitted == result.done.completion_tokens
+    assert after.finished - before.finished == 1
+    assert after.active_bytes > 1_000_000
+    assert after.loaded >= 1_000_000
+    beat = engine.word(messages.Beat)
+    assert beat.counters.loaded == after.loaded
+
+
+# --- models that are refused -------------------------------------------------------------------------------------------------
+
+
+def spoilt(tmp_path: Path, **changes: Any) -> Path:
+    """A copy of the built-in model with other contents in some files; None: without the file."""
+    directory = tmp_path / "model"
+    shutil.copytree(BUILTIN, directory)
+    for name, content in changes.items():
+        path = directory / name.replace("__", ".")
+        if content is None:
+            path.unlink()
+        elif isinstance(content, dict):
+            found = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(found | content))
+        else:
+            path.write_bytes(content)
+    return directory
+
+
+def refusal(tmp_path: Path, directory: Path) -> str:
+    with EngineProcess(tmp_path / "e") as process:
+        process.word(Hello)
+        process.say(Load("spoilt", str(directory)))
+        bye = process.word(Bye)
+        assert bye.cause == "refused", bye
+        assert process.wait() == 0
+        return bye.text
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "model_file": (
+        {"config__json": {"model_file": "evil.py"}},
+        "config.json asks to run code that came with the model (model_file)",
+    ),
+    "trust": ({"tokenizer_config__json": {"x": [{"trust_remote_code": True}]}}, "tokenizer_config.json asks to run code"),
+    "no config": ({"config__json": None}, "config.json is missing"),
+    "config is no JSON": ({"config__json": b"{"}, "config.json cannot be read"),
+    "config is a list": ({"config__json": b"[]"}, "config.json is not a JSON object"),
+    "no type": ({"config__json": {"model_type": None}}, "config.json names no model_type"),
+    "unknown type": ({"config__json": {"model_type": "bert"}}, "model_type 'bert', which mlx-lm cannot run"),
+    "a path as type": ({"config__json": {"model_type": "../evil"}}, "model_type '../evil', which mlx-lm cannot run"),
+    "no weights": ({"model__safetensors": None}, "model.safetensors is missing"),
+    "truncated": ({"model__safetensors": (BUILTIN / "model.safetensors").read_bytes()[:100_000]}, "model.safetensors is damaged"),
+    "garbage": ({"model__safetensors": b"garbage garbage garbage"}, "model.safetensors is damaged"),
+    "missing shard": (
+        {"model__safetensors__index__json": {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}},
+        "model-2.safetensors is missing, model.safetensors.index.json names it",
+    ),
+    "no tokenizer": ({"tokenizer__json": None}, "tokenizer.json is missing"),
+    "unknown parser": ({"tokenizer_config__json": {"tool_parser_type": "os.path"}}, "tool_parser_type 'os.path'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_loaded_gets_no_view_but_a_sentence(tmp_path: Path, name: str) -> None:
+    changes, sentence = REFUSED[name]
+    with pytest.raises(Unloadable) as refused:
+        make_view(spoilt(tmp_path, **changes), tmp_path / "view")
+    assert sentence in str(refused.value)
+    assert str(tmp_path) in str(refused.value)
+    assert not (tmp_path / "view").exists()
+
+
+REFUSED_LATER: dict[str, tuple[dict[str, Any], str]] = {
+    "before": REFUSED["truncated"],
+    "wrong shapes": ({"config__json": {"hidden_size": 96}}, "mlx-lm cannot load"),
+    "broken tokenizer": ({"tokenizer__json": b"{}"}, "mlx-lm cannot load"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_LATER)
+def test_an_engine_says_the_sentence_and_ends(tmp_path: Path, name: str) -> None:
+    changes, sentence = REFUSED_LATER[name]
+    text = refusal(tmp_path, spoilt(tmp_path, **changes))
+    assert sentence in text
+    assert str(tmp_path) in text
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, tmp_path / "nowhere").startswith(f"no model at {tmp_path}/nowhere: ")
+
+
+def test_no_code_of_a_model_runs_even_when_it_loads(tmp_path: Path) -> None:
+    """`auto_map` is for other tools: the model loads without, and its Python is not even in the view."""
+    canary = tmp_path / "canary"
+    evil = f"open({str(canary)!r}, 'w')".encode()
+    names = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.T", "evil.T"], "AutoModelForCausalLM": "evil.M"}
+    directory = spoilt(tmp_path, config__json={"auto_map": names}, tokenizer_config__json={"auto_map": names})
+    for name in ("evil.py", "tokenization_evil.py", "pytorch_model.bin"):
+        (directory / name).write_bytes(evil)
+    with EngineProcess(tmp_path / "e") as process, process.load(directory).connect() as wire:
+        assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
+        view = Path(process.settings.view)
+        assert {p.name for p in view.iterdir()} == {p.name for p in BUILTIN.iterdir()}
+        assert "auto_map" not in (view / "config.json").read_text() + (view / "tokenizer_config.json").read_text()
+    assert not canary.exists()
+
+
+# --- life and death --------------------------------------------------------------------------------------------------------
+
+
+def test_a_blank_engine_says_hello_beats_and_stops_when_told(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path) as process:
+        hello = process.word(Hello)
+        assert (hello.kind, hello.pid, hello.nonce, hello.protocol) == ("engine", process.process.pid, "nonce", messages.PROTOCOL)
+        assert process.word(messages.Beat).counters.running == 0
+        process.say(Stop())
+        assert process.word(Bye).cause == "stopped"
+        assert process.wait() == 0
+
+
+def test_an_engine_stops_at_once_with_requests_in_hand(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path) as process, process.load(BUILTIN).connect() as wire:
+        job = wire.submit(messages=user("Tell me a long story about mlxd."))
+        wire.until(lambda: wire.results[job].ids)
+        process.say(Stop())
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_an_engine_whose_supervisor_is_gone_ends_what_runs_and_then_itself(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path) as process, process.load(BUILTIN).connect() as wire:
+        job = wire.submit(messages=user(QUESTION))
+        wire.until(lambda: wire.results[job].ids)
+        process.link.close()
+        wire.finish([job])
+        assert wire.results[job].text == KNOWN[QUESTION]
+        assert process.wait() == 0
+
+
+def test_a_term_ends_it(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path) as process:
+        process.load(BUILTIN)
+        process.process.terminate()
+        assert process.wait() < 0
+
+
+SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_never_ends_fails_its_request_and_the_engine(tmp_path: Path) -> None:
+    settings = config.Config(engine=config.Engine(text_s=0.5))
+    model = make_tiny_model(tmp_path / "m", template=SLOW)
+    with EngineProcess(tmp_path / "e", settings) as process, process.load(model).connect() as wire:
+        other = wire.submit(prompt="engine", max_tokens=1000)
+        wire.until(lambda: wire.results[other].ids)
+        result = wire.ask(messages=user("hi"))
+        assert result.failed is not None
+        assert "took over 0.5 s" in result.failed.message
+        bye = process.word(Bye)
+        assert (bye.cause, bye.text) == ("error", result.failed.message)
+        assert process.wait() == 70
