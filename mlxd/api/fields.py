@@ -1,0 +1,88 @@
+"""Fields of a request: from bytes to typed structs, with errors that name the field. Shared by the dialects, of no dialect."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from mlxd.errors import Refused
+
+T = TypeVar("T")
+
+#: Of free JSON (arguments, schemas).
+MOST_DEPTH = 64
+#: JSON knows no integers: strict msgspec refuses 4.0 for an int and lax takes "5", so integers are both, and `whole` looks.
+#: Ends of the range: what fits a double exactly.
+MOST = 2**53
+Integer = Annotated[int, Meta(ge=-MOST, le=MOST)] | Annotated[float, Meta(ge=-MOST, le=MOST)]
+Natural = Annotated[int, Meta(ge=0, le=MOST)] | Annotated[float, Meta(ge=0, le=MOST)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+StopString = Annotated[str, Meta(max_length=256)]
+StopStrings = Annotated[list[StopString], Meta(max_length=16)] | StopString
+
+
+class Malformed(Refused):
+    """A field is wrong. `path`: dotted, "" for the body as a whole; `sentence`: what is wrong, without the name."""
+
+    def __init__(self, path: str, sentence: str):
+        super().__init__(400, f"{path}: {sentence}" if path else sentence)
+        self.path = path
+        self.sentence = sentence
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
+    """Raises Malformed, or Refused (400) on what is no JSON object at all."""
+    if not body or body.isspace():
+        raise Refused(400, "missing request body")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        sentence, _, path = str(error).partition(" - at `$")
+        path = path.rstrip("`").replace("[...]", "[]").lstrip(".")
+        raise Malformed(path, plain(sentence)) from None
+    except RecursionError:
+        raise Refused(400, "the JSON is nested too deeply") from None
+    except (ValueError, MemoryError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
+        raise Refused(400, f"the body is not valid JSON: {error}") from None
+
+
+def plain(sentence: str) -> str:
+    """msgspec's words with JSON's names for types: "expected number, got string"."""
+    text = re.sub(r"`([^`]*)`", lambda match: match.group(1), sentence)
+    text = re.sub(r"\b(int \| float|float \| int|float)\b", "number", text)
+    text = re.sub(r"\bstr\b", "string", text)
+    return text[:1].lower() + text[1:]
+
+
+def whole(path: str, value: float | None) -> int | None:
+    """An integer field's value. Raises Malformed when it is not integral."""
+    if value is None:
+        return None
+    if value != int(value):
+        raise Malformed(path, f"expected an integer, got {value:g}")
+    return int(value)
+
+
+def strings(value: list[str] | str | None) -> list[str]:
+    """Stop strings: one or many; empty ones mean nothing."""
+    return [text for text in ([value] if isinstance(value, str) else value or []) if text]
+
+
+def shallow(path: str, value: object) -> None:
+    """Free JSON that goes on to another process: no deeper than it can surely read. Raises Malformed."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise Malformed(path, f"nested more than {MOST_DEPTH} deep")

@@ -1,0 +1,455 @@
+"""The pool: the server's view of the engines. Which models are wanted, who is connected, which jobs they have.
+
+Decides what is loaded and what is evicted; the supervisor carries it out (Want, Release) and says what became of it (EngineUp,
+EngineDown). Does not know HTTP, nor who waits for an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import re
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import psutil
+
+from mlxd import messages
+from mlxd.config import Config
+from mlxd.errors import Refused
+from mlxd.journal import Entry
+from mlxd.messages import Cancel, Counters, Done, EngineDown, EngineUp, Event, Failed, Loaded, Pulse, Release, Step, Token, Want
+from mlxd.models import Model
+
+#: A connection to an engine that is up is tried again after this long.
+RECONNECT_S = 0.25
+#: Events that may wait for a client that does not read; it has 64 KiB in this process and what the kernel holds before that.
+MOST_UNREAD = 8192
+#: A model needs room for its weights and a fifth of that again before it is loaded beside others.
+ROOM = 1.2
+#: Ends of an engine that are nobody's fault: somebody outside, or mlxd itself, ended it; "": only the connection broke.
+FAULTLESS = ("killed", "terminated", "stopped", "")
+
+State = Literal["absent", "loading", "ready", "retried", "releasing"]
+
+
+class EngineGone(Exception):
+    """The connection ended under a job."""
+
+
+class Job:
+    """One request on one engine: what came from it and was not yet taken."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.events: deque[Event] = deque()
+        self.gone: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+        self.wake()
+
+    def end(self, why: Exception) -> None:
+        """No more events after those that are here."""
+        self.gone = why
+        self.wake()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def get(self) -> Event:
+        """The next event. Raises EngineGone or Refused when there will be none."""
+        while not self.events:
+            if self.gone is not None:
+                raise self.gone
+            self.waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self.waiter
+            finally:
+                self.waiter = None
+        return self.events.popleft()
+
+
+class Connection:
+    """A connected engine's socket and the jobs on it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loaded: Loaded):
+        self.reader = reader
+        self.writer = writer
+        self.loaded = loaded
+        self.jobs: dict[int, Job] = {}
+        self.numbers = itertools.count(1)
+        loop = asyncio.get_running_loop()
+        self.clock = loop.time
+        self.counters = Counters()
+        self.beat_at = self.token_at = loop.time()
+
+    @classmethod
+    async def open(cls, path: str, model: str) -> Connection:
+        """Raises OSError, or ValueError when no engine of `model` is there (slots and their sockets are used again)."""
+        reader, writer = await asyncio.open_unix_connection(path, limit=1024 * 1024)
+        try:
+            first = await read_frame(reader)
+            if not isinstance(first, Loaded) or first.model != model:
+                raise ValueError(f"no engine of {model} at {path}")
+        except BaseException:
+            writer.close()
+            raise
+        return cls(reader, writer, first)
+
+    def submit(self, entry: Entry) -> Job:
+        job = Job(next(self.numbers))
+        self.writer.write(messages.frame(entry.submit(job.number)))
+        self.jobs[job.number] = job
+        return job
+
+    def leave(self, job: Job) -> None:
+        """Nobody waits for this job any more; nothing happens when it has ended."""
+        if self.jobs.pop(job.number, None) and not self.writer.is_closing():
+            self.writer.write(messages.frame(Cancel(job.number)))
+
+    def hand_out(self, event: Event) -> None:
+        job = self.jobs.get(event.job)
+        if job is None:  # cancelled meanwhile
+            return
+        job.put(event)
+        if isinstance(event, (Done, Failed)):
+            del self.jobs[event.job]
+        elif len(job.events) > MOST_UNREAD:
+            job.end(Refused(503, "the client did not read its answer"))
+            self.leave(job)
+
+    async def listen(self) -> None:
+        """Hand out what comes until the engine is gone. Raises OSError, ValueError or EOFError then."""
+        while True:
+            match await read_frame(self.reader):
+                case Step(events=events):
+                    self.beat_at = self.clock()
+                    for event in events:
+                        if type(event) is Token:
+                            self.token_at = self.beat_at
+                        self.hand_out(event)
+                case Pulse(counters=counters):
+                    self.beat_at = self.clock()
+                    self.counters = counters
+
+    def close(self) -> None:
+        self.writer.close()
+        for job in self.jobs.values():
+            job.end(EngineGone())
+        self.jobs.clear()
+
+
+async def read_frame(reader: asyncio.StreamReader) -> messages.FromEngine:
+    """Raises EOFError at the end, ValueError on what is no frame."""
+    (length,) = messages.LENGTH.unpack(await reader.readexactly(messages.LENGTH.size))
+    if length > messages.MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes")
+    return messages.from_engine.decode(await reader.readexactly(length))  # type: ignore[no-any-return]
+
+
+class Engine:
+    """What is known of the engine of one model.
+
+    `state`: absent (not wanted), loading (wanted; also while a dead one is replaced), ready (connected), retried (the supervisor tries
+    again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `cause`: why it last went.
+    `suspects`: requests that run alone, one after the other, since engines died under them.
+    """
+
+    def __init__(self, model: Model, keep_alive_s: float, now: float):
+        self.model = model
+        self.keep_alive_s = keep_alive_s
+        self.preloaded = False
+        self.state: State = "absent"
+        self.up: EngineUp | None = None
+        self.connection: Connection | None = None
+        self.connecting: asyncio.Task[None] | None = None
+        self.cause = ""
+        self.retry_at = 0.0
+        self.refusals = 0
+        self.users = 0
+        self.suspects: list[Entry] = []
+        self.used_at = now
+
+    @property
+    def idle(self) -> bool:
+        return self.users == 0 and self.state not in ("absent", "releasing")
+
+    @property
+    def context_length(self) -> int:
+        return self.connection.loaded.context_length if self.connection else self.model.context_length
+
+    @property
+    def expires_at(self) -> float:
+        """On the loop's clock; infinity: never."""
+        return math.inf if self.preloaded else self.used_at + self.keep_alive_s
+
+
+class Pool:
+    """All engines, by canonical model name. `say` sends a word to the supervisor; `look_up` finds a model by its name, or None."""
+
+    def __init__(
+        self,
+        config: Config,
+        keep_alive_s: float,
+        say: Callable[[Want | Release], None],
+        look_up: Callable[[str], Awaitable[Model | None]],
+    ):
+        self.config = config
+        self.keep_alive_s = keep_alive_s
+        self.say = say
+        self.look_up = look_up
+        self.engines: dict[str, Engine] = {}
+        self.making_room = asyncio.Lock()
+        self.changed = asyncio.Event()  # some engine's state
+        self.left = asyncio.Event()  # somebody left an engine
+
+    @property
+    def present(self) -> list[Engine]:
+        return [engine for engine in self.engines.values() if engine.state != "absent"]
+
+    def loaded(self) -> list[Engine]:
+        return [engine for engine in self.engines.values() if engine.state == "ready"]
+
+    def clock(self) -> float:
+        """What `expires_at` is measured on."""
+        return now()
+
+    # --- what requests do -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, model: Model, keep_alive_s: float | None = None) -> Iterator[Engine]:
+        """The engine of `model`, not idle meanwhile, whatever its state. `keep_alive_s` None: as before; 0: released afterwards."""
+        engine = self.engine(model)
+        if engine.users == 0 and engine.state in ("absent", "releasing"):
+            engine.keep_alive_s = self.keep_alive_s  # what was said of an earlier engine is over
+        engine.users += 1
+        if keep_alive_s is not None:
+            engine.keep_alive_s = keep_alive_s
+            engine.preloaded &= keep_alive_s > 0
+        try:
+            yield engine
+        finally:
+            engine.users -= 1
+            engine.used_at = now()
+            self.left.set()
+            if engine.idle and engine.expires_at <= engine.used_at:
+                self.release(engine)
+
+    async def ready(self, engine: Engine, patience_s: float) -> Connection:
+        """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 not before
+        `patience_s` are over."""
+        refusals = engine.refusals
+        while True:
+            if engine.connection is not None and engine.state == "ready":
+                return engine.connection
+            if engine.refusals != refusals:
+                raise Refused(400, engine.cause, code="model_refused", hopeless=True)
+            if engine.state == "absent":
+                await self.load(engine, patience_s)
+                continue
+            if engine.state == "retried" and (left := engine.retry_at - now()) > patience_s:
+                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code="retried", retry_s=left)
+            await self.changed.wait()
+
+    async def events(self, engine: Engine, entry: Entry, patience_s: float) -> AsyncGenerator[Event, None]:
+        """All events of a request, from as many engines as it takes. The last is Done. Raises Refused."""
+        bereft = False
+        while True:
+            connection = await self.ready(engine, patience_s)
+            if bereft and engine.cause not in FAULTLESS:
+                entry.outlive(engine.cause)
+            bereft = False
+            on_trial = entry.suspect
+            if on_trial:
+                engine.suspects.append(entry)
+            try:
+                if not await self.let_suspects_pass(engine, entry, connection):
+                    continue
+                engine.cause = ""
+                job = connection.submit(entry)
+                try:
+                    while True:
+                        event = await job.get()
+                        if isinstance(event, Failed):
+                            raise Refused(event.status, event.message, hopeless=event.status < 500)
+                        entry.note(event)
+                        if on_trial and entry.progressed:
+                            on_trial = False
+                            self.acquit(engine, entry)
+                        yield event
+                        if isinstance(event, Done):
+                            return
+                finally:
+                    connection.leave(job)
+            except EngineGone:
+                bereft = True  # another one will come
+            finally:
+                if on_trial:
+                    self.acquit(engine, entry)
+
+    async def let_suspects_pass(self, engine: Engine, entry: Entry, connection: Connection) -> bool:
+        """Requests under which engines keep dying go first and alone, until they make progress: so only the guilty one is given up.
+        False: the engine has changed meanwhile."""
+        if entry.attempts:
+            await asyncio.sleep(0)  # whoever waited for this engine, too, has said by now whether he is suspect
+        while engine.suspects and engine.suspects[0] is not entry:
+            await self.changed.wait()
+        return engine.connection is connection
+
+    def acquit(self, engine: Engine, entry: Entry) -> None:
+        engine.suspects.remove(entry)
+        self.turn(engine, engine.state)
+
+    # --- loading and releasing ------------------------------------------------------------------------------------------------
+
+    def engine(self, model: Model) -> Engine:
+        """Also when its files have changed: then it is another model of the same name, for the next load."""
+        engine = self.engines.setdefault(model.name, Engine(model, self.keep_alive_s, now()))
+        engine.model = model
+        return engine
+
+    def preload(self, model: Model) -> None:
+        engine = self.engine(model)
+        engine.preloaded = True
+        if engine.state == "absent":
+            self.want(engine)
+
+    async def load(self, engine: Engine, patience_s: float) -> None:
+        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `patience_s`."""
+        try:
+            async with asyncio.timeout(patience_s), self.making_room:
+                while engine.state == "absent" and (others := self.in_the_way(engine.model)):
+                    if not any(other.state == "releasing" for other in others):
+                        idle = [other for other in others if other.idle]
+                        if not idle:
+                            self.left.clear()
+                            await self.left.wait()
+                            continue
+                        self.release(min(idle, key=lambda other: (other.preloaded, other.used_at)))
+                    await self.changed.wait()
+                if engine.state == "absent":
+                    self.want(engine)
+        except TimeoutError:
+            raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
+
+    def in_the_way(self, model: Model) -> list[Engine]:
+        """The engines of which one has to go before `model` is loaded; none when there is room."""
+        others = self.present
+        most = self.config.models.max_cached
+        if most and len(others) >= most:
+            return others
+        if psutil.virtual_memory().available < ROOM * model.size_bytes and any(e.idle or e.state == "releasing" for e in others):
+            return others
+        return []
+
+    def want(self, engine: Engine) -> None:
+        self.say(Want(engine.model.name, str(engine.model.directory), preload=engine.preloaded))
+        engine.used_at = now()
+        self.turn(engine, "loading")
+
+    def release(self, engine: Engine) -> None:
+        self.say(Release(engine.model.name))
+        self.turn(engine, "absent" if engine.state == "retried" else "releasing")  # retried: no process, so no end to wait for
+
+    def turn(self, engine: Engine, state: State) -> None:
+        """Into another state; whoever waits for it looks again."""
+        engine.state = state
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def sweep(self) -> None:
+        """Release what nobody has used for its keep_alive. Once a second."""
+        for engine in self.present:
+            if engine.idle and engine.expires_at <= now():
+                self.release(engine)
+
+    # --- what the supervisor says ---------------------------------------------------------------------------------------------
+
+    async def engine_up(self, up: EngineUp) -> None:
+        """An engine serves `up.model`: connect to it. One that another server wanted is ours now."""
+        engine = self.engines.get(up.model)
+        if engine is None or engine.state == "absent":
+            model = engine.model if engine else await self.look_up(up.model)
+            if model is None:
+                self.say(Release(up.model))
+                return
+            engine = self.engine(model)
+            self.want(engine)
+        if engine.state == "releasing" or (engine.up == up and engine.connecting):  # said again because it was wanted again
+            return
+        self.disconnect(engine)
+        engine.up = up
+        engine.connecting = asyncio.create_task(self.keep_connected(engine, up.socket))
+
+    def engine_down(self, down: EngineDown) -> None:
+        engine = self.engines.get(down.model)
+        if engine is None:
+            return
+        self.disconnect(engine)
+        engine.cause = down.cause
+        if down.next == "refused":
+            engine.refusals += 1
+        if down.next in ("refused", "released"):
+            self.turn(engine, "absent")
+        elif engine.state != "releasing":  # else our word and theirs have crossed
+            engine.retry_at = now() + down.retry_s
+            self.turn(engine, "retried" if down.next == "retried" else "loading")
+
+    async def keep_connected(self, engine: Engine, path: str) -> None:
+        """Hold a connection to an engine that is up, for as long as the supervisor says so."""
+        while True:
+            try:
+                connection = await Connection.open(path, engine.model.name)
+            except (OSError, EOFError, ValueError):
+                await asyncio.sleep(RECONNECT_S)  # it has died, and we shall be told, or it is not listening yet
+                continue
+            engine.connection = connection
+            self.turn(engine, "ready")
+            try:
+                await connection.listen()
+            except (OSError, EOFError, ValueError):
+                connection.close()
+                engine.connection = None
+                self.turn(engine, "loading" if engine.state == "ready" else engine.state)
+
+    def disconnect(self, engine: Engine) -> None:
+        if engine.connecting is not None:
+            engine.connecting.cancel()
+            engine.connecting = None
+        if engine.connection is not None:
+            engine.connection.close()
+            engine.connection = None
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def keep_alive_s(value: float | str | None) -> float | None:
+    """Seconds: a number, or a Go duration; negative is for ever (infinity). None: not said. Raises Refused."""
+    if value is None:
+        return None
+    seconds = duration(value) if isinstance(value, str) else float(value)
+    if seconds is None:
+        raise Refused(400, f'keep_alive: "{str(value)[:40]}" is not a duration such as "5m", 300 or -1')
+    return math.inf if seconds < 0 else seconds
+
+
+UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration(text: str) -> float | None:
+    """A Go duration ("1h30m", "-1m"; a bare number counts seconds), in seconds; None when it is none."""
+    sign, text = (-1.0, text[1:]) if text.startswith("-") else (1.0, text.removeprefix("+"))
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return sign * float(text)
+    parts = re.findall(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return None
+    return sign * sum(float(number) * UNIT_S[unit] for number, unit in parts)

@@ -1,0 +1,315 @@
+"""The server: HTTP in, engines' tokens out. `python -m mlxd.server` is the supervisor's child; `mlxd.server:app` is the ASGI app.
+
+Owns the routes, what surrounds every request (guard, ids, errors), and the process's life: it accepts on the supervisor's sockets,
+drains when told, and loses nothing by it. Imports no mlx, and does nothing when it is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from email.utils import formatdate
+
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.routing import Route, Router
+
+import mlxd
+from mlxd import guard, health
+from mlxd.api import ollama, openai
+from mlxd.api.exchange import Exchange, Receive, Scope, Send
+from mlxd.api.service import Service, refusal
+from mlxd.config import Config
+from mlxd.errors import ConfigError, Refused
+from mlxd.link import ChildSettings, Link, beat, become_child, child_settings, join, reopen_log, serve
+from mlxd.messages import (
+    PROTOCOL,
+    Bye,
+    Drain,
+    EngineDown,
+    EngineUp,
+    Exited,
+    Hello,
+    Ready,
+    Reopen,
+    Stop,
+    SupervisorWord,
+)
+
+#: Our own cap on connections, answered in JSON, lies below uvicorn's, which is not.
+MOST_CONNECTIONS = 960
+LIMIT_CONCURRENCY = 1024
+#: h11 gives up on a head of more than this; the guard, which says so in JSON, at a quarter of it.
+MAX_HEAD_BYTES = 64 * 1024
+#: A drain keeps idle connections this long: whoever uses them meanwhile is told to come again by `Connection: close`.
+IDLE_S = 2.0
+#: What interrupted streams get to carry their error to the client.
+FAREWELL_S = 1.0
+
+STOPPING = "the server is being stopped or replaced; please try again"
+
+Endpoint = Callable[[Service, Exchange], Awaitable[None]]
+
+ROUTES: list[tuple[str, str, Endpoint]] = [
+    ("GET", "/", ollama.root),
+    ("GET", "/api/version", ollama.version),
+    ("GET", "/api/tags", ollama.tags),
+    ("GET", "/api/ps", ollama.ps),
+    ("POST", "/api/show", ollama.show),
+    ("POST", "/api/generate", ollama.generate),
+    ("POST", "/api/chat", ollama.chat),
+    ("GET", "/v1/models", openai.models),
+    ("GET", "/v1/models/{id:path}", openai.model),
+    ("POST", "/v1/chat/completions", openai.chat),
+    ("GET", "/health", health.report),
+    ("GET", "/health/live", health.live),
+    ("GET", "/health/ready", health.ready),
+]
+
+
+# --- the app ----------------------------------------------------------------------------------------------------------------------
+
+
+class Mounted:
+    """An endpoint as the ASGI app that a Route wants."""
+
+    def __init__(self, service: Service, endpoint: Endpoint):
+        self.service = service
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.endpoint(self.service, scope["exchange"])
+
+
+class App:
+    """What surrounds every request: the guard first, then the routes; whatever is refused is said in the dialect of its path."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        routes = [Route(path, Mounted(service, endpoint), methods=[method]) for method, path, endpoint in ROUTES]
+        self.router = Router(routes, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.router(scope, receive, send)
+            return
+        exchange = Exchange(scope, receive, send)
+        self.service.exchanges.add(exchange)
+        try:
+            await self.handle(exchange)
+        except asyncio.CancelledError:
+            if not exchange.left:
+                raise
+        except Exception as error:
+            if exchange.started:
+                raise
+            await refuse(exchange, refusal(error))
+        finally:
+            self.service.exchanges.discard(exchange)
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Raises Refused."""
+        service, scope = self.service, exchange.scope
+        if service.draining:
+            exchange.headers.append((b"connection", b"close"))
+        exchange.headers += guard.judge(scope, service.policy)
+        if guard.is_preflight(scope):
+            exchange.headers += guard.PREFLIGHT
+            await exchange.reply(204, b"")
+            return
+        if service.connections() > MOST_CONNECTIONS:
+            exchange.headers.append((b"connection", b"close"))
+            raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
+        scope["exchange"] = exchange
+        scope["app"] = self  # so that the router raises for 404 and 405 rather than answer in plain text
+        try:
+            await self.router(scope, exchange.receive, exchange.send)
+        except HTTPException as error:
+            exchange.headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+            raise Refused(error.status_code, NO_ROUTE[error.status_code].format(**scope), code="no_route") from None
+
+
+NO_ROUTE = {404: "there is nothing at this path", 405: "{method} is not a method of this path"}
+
+
+async def refuse(exchange: Exchange, refused: Refused) -> None:
+    """Say no in the dialect of the path."""
+    if refused.retry_s is not None:
+        exchange.headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_s))).encode()))
+    if refused.hopeless:
+        exchange.headers.append((b"x-should-retry", b"false"))
+    dialect = openai if exchange.scope["path"].startswith("/v1/") else ollama
+    await exchange.reply(refused.status, dialect.error_body(refused))
+
+
+app = App(Service(Config()))
+
+
+# --- the process ------------------------------------------------------------------------------------------------------------------
+
+
+class Http(uvicorn.Server):
+    """uvicorn without its signal handlers, and without its ten wake-ups a second: `tick` is called once in each by the beat."""
+
+    def __init__(self, config: uvicorn.Config, accepting: Callable[[], None]):
+        super().__init__(config)
+        self.accepting = accepting
+        self.servers = []
+        self.ending = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def main_loop(self) -> None:
+        self.tick()
+        self.accepting()
+        await self.ending.wait()
+
+    def tick(self) -> None:
+        self.server_state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+
+    def stop_accepting(self) -> None:
+        """The sockets are the supervisor's, too, and the next server's: do not look at them any more, and leave them alone."""
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            for sock in server.sockets:
+                loop.remove_reader(sock.fileno())
+
+    def close_idle(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
+
+class Process:
+    """The life of the server as the supervisor's child."""
+
+    def __init__(self, settings: ChildSettings, link: Link):
+        self.settings = settings
+        self.link = link
+        self.service = Service(settings.config, link.send, settings.nonce)
+        self.http = Http(
+            uvicorn.Config(
+                App(self.service),
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="on",
+                workers=1,
+                interface="asgi3",
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_config=None,
+                log_level="error",
+                backlog=LIMIT_CONCURRENCY,
+                timeout_keep_alive=120,
+                limit_concurrency=LIMIT_CONCURRENCY,
+                timeout_graceful_shutdown=int(FAREWELL_S),
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ),
+            accepting=lambda: link.send(Ready()),
+        )
+        self.deadline = math.inf
+        self.drained: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """From hello to bye."""
+        config = self.settings.config
+        loop = asyncio.get_running_loop()
+        self.link.send(Hello(PROTOCOL, "server", os.getpid(), mlxd.__version__, self.settings.nonce))
+        loop.add_signal_handler(signal.SIGTERM, self.drain, 0.0)
+        self.service.policy = guard.local_policy(
+            config.server.origins, config.security.strict_host, on_loopback(config.server.host)
+        )
+        self.service.connections = lambda: len(self.http.server_state.connections)
+        await self.service.preload()
+        sockets = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
+        tasks = [
+            asyncio.create_task(self.http.serve(sockets)),
+            asyncio.create_task(serve(self.link, self.handle, self.orphaned)),
+            asyncio.create_task(beat(self.link, self.service.counters, self.tick)),
+        ]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # raises what ended it: a server that cannot hear or beat ends loudly
+        self.link.send(Bye("stopped"))
+        with contextlib.suppress(OSError, TimeoutError):
+            await asyncio.wait_for(self.link.writer.drain(), FAREWELL_S)
+
+    def tick(self) -> None:
+        self.service.sweep()
+        self.http.tick()
+
+    async def handle(self, word: SupervisorWord) -> None:
+        match word:
+            case EngineUp():
+                await self.service.pool.engine_up(word)
+            case EngineDown():
+                self.service.pool.engine_down(word)
+            case Exited(record=record):
+                self.service.last_exit = record
+            case Drain(limit_s=limit_s):
+                self.drain(limit_s)
+            case Stop():
+                self.drain(0.0)
+            case Reopen():
+                reopen_log(self.settings.log)
+
+    async def orphaned(self) -> None:
+        """The supervisor is gone: what still runs gets the time that `serve` gives us."""
+        self.drain(3.0)
+        await asyncio.Event().wait()
+
+    def drain(self, limit_s: float) -> None:
+        """Accept no more, end what runs within `limit_s`, then end. Said again, it can only become shorter."""
+        self.deadline = min(self.deadline, self.service.pool.clock() + limit_s)
+        if self.drained is None:
+            self.drained = asyncio.create_task(self.end())
+
+    async def end(self) -> None:
+        clock = self.service.pool.clock
+        self.service.draining = True
+        self.http.stop_accepting()
+        idle_until = clock() + IDLE_S
+        while True:
+            await asyncio.sleep(0.02)
+            if self.service.exchanges:
+                idle_until = clock() + IDLE_S
+            if not self.service.connections() or clock() >= min(self.deadline, idle_until):
+                break
+        for exchange in list(self.service.exchanges):
+            exchange.interrupt(Refused(503, STOPPING, code="stopping", retry_s=1))
+        self.http.close_idle()
+        self.http.ending.set()
+
+
+def on_loopback(host: str) -> bool:
+    """Whether a bind address ("" is 127.0.0.1 and ::1) is reached from this machine only."""
+    address = guard.literal(host)
+    return host in ("", "localhost") or (address is not None and address.is_loopback)
+
+
+def main() -> None:
+    settings = child_settings()
+    become_child(settings)
+    try:
+        asyncio.run(live(settings))
+    except ConfigError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+async def live(settings: ChildSettings) -> None:
+    link = await join(settings)
+    await Process(settings, link).run()
+
+
+if __name__ == "__main__":
+    main()
