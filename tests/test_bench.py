@@ -1,0 +1,41 @@
+"""The benchmark's own parts work; its figures are in bench/README.md and are asserted nowhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SPEAK = """
+import sys
+from mlx_lm import load, stream_generate
+model, tokenizer = load(sys.argv[1])
+prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+pieces = [piece.text for piece in stream_generate(model, tokenizer, prompt, max_tokens=100)]
+print(len(pieces), sum(map(bool, pieces)))
+"""
+
+
+def python(*words: str | Path, timeout_s: float = 200) -> str:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_bench_model_is_the_same_each_time_and_speaks_as_long_as_asked(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert "0.25 M parameters" in python(ROOT / "tools" / "make_bench_model.py", tmp_path / name, "--size", "small")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    assert python("-c", SPEAK, tmp_path / "one") == "100 100\n"
+
+
+@pytest.mark.full
+def test_the_benchmarks_run_to_their_end() -> None:
+    table = python(ROOT / "bench" / "throughput.py", "--streams", "1,2", "--tokens", "16", "--rounds", "1")
+    assert all(f" {name} " in table for name in ("bare", "mlx_lm.server", "mlxd"))
+    assert "idle supervisor" in python(ROOT / "bench" / "startup.py", "--runs", "1", "--idle", "1")
