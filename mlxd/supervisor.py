@@ -54,6 +54,7 @@ EXPECTING = (
     State.STOPPING,
     State.KILLING,
 )  # a `ready` may come, if only because it crossed our word
+LEAVING = (State.DRAINING, State.STOPPING, State.KILLING)
 RUNNING = (State.BLANK, State.LOADING, State.READY, State.DRAINING)
 
 
@@ -494,7 +495,7 @@ class Supervisor:
                 self.handle(engine, Event.WANTED)
                 return
         for engine in self.engines:
-            if engine.model is None and engine.wanted and engine.state in (State.STARTING, State.BLANK, State.BACKOFF):
+            if engine.model is None and engine.wanted and engine.state not in LEAVING:
                 engine.model, engine.directory, engine.preload = word.model, word.directory, word.preload
                 if engine.state is State.BLANK:
                     self.handle(engine, Event.ORDERED)
@@ -713,7 +714,7 @@ class Supervisor:
         one.counted.clear()
         one.trial = False
         self.handle(one, Event.RENEWED)
-        one.ordered = one.state in (State.DRAINING, State.STOPPING, State.KILLING)
+        one.ordered = one.state in LEAVING
 
     def load_config(self) -> Config:
         return load(self.paths, self.flags)
