@@ -43,10 +43,10 @@ status:
 	@if test -x $(VENV)/bin/mlxd; then $(VENV)/bin/mlxd status; else echo "not installed here: make start"; exit 3; fi
 
 test: $(STAMP).test
-	@$(VENV)/bin/python -m pytest -m "not full" $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) -m "not full" $(ARGS)
 
 test-full: $(STAMP).test
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(STAMP).test
 	@$(VENV)/bin/ruff check .

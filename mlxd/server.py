@@ -214,7 +214,7 @@ class Process:
                 timeout_graceful_shutdown=int(FAREWELL_S),
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ),
-            accepting=lambda: link.send(Ready()),
+            accepting=lambda: link.send(Ready(problems=self.service.missing)),
         )
         self.deadline = math.inf
         self.drained: asyncio.Task[None] | None = None

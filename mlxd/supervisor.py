@@ -385,6 +385,8 @@ class Supervisor:
 
     def unwant(self, one: Child) -> None:
         one.wanted = False
+        if one.kind == "engine" and one.model is not None and one.process is None:  # else its end will say so
+            self.tell_servers(EngineDown(one.slot, one.model, "stopped", "released"))
         self.handle(one, Event.UNWANTED)
 
     # --- words on links ------------------------------------------------------------------------------------------------------------
