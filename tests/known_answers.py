@@ -365,19 +365,6 @@ THINKING: dict[str, tuple[str, str]] = {
     ),
 }
 
-# Asks for a text to be said again.
-ECHO_QUESTION: str = "Repeat: {text}"
-
-# Texts that it repeats without fault; it copies words it has seen, not any text.
-ECHOES: list[str] = [
-    "river stone",
-    "green moon 7 salt",
-    "winter apple silver letter garden",
-    "engine yellow field clock glass north",
-    "bird seed copper island rain wheel lamp",
-    "cloud bread 12 quiet morning paper",
-]
-
 # Questions whose answer is drawn by chance: for sampling above temperature 0.
 RANDOM: list[str] = ["Say something random.", "Write a long random text.", "Roll ten dice.", "Flip a coin."]
 

@@ -1,8 +1,8 @@
-"""Train mlxd-tiny, the built-in model: `python tools/train_builtin.py --steps 6000`.
+"""Train mlxd-tiny, the built-in model: `python tools/train_builtin.py --steps 7000 --out DIR`, then `--check`.
 
 Owns the tokenizer, the chat template, the shape of the model and its training; the words are in `tools/corpus`.
-The result is a directory that `mlx_lm.load` reads: float32 weights of a Llama, seeded, the same for the same machine.
-A step takes a quarter of a second with OpenBLAS preloaded (docs/builtin-model.md) and eight times that without.
+The result is a directory that `mlx_lm.load` reads: the float32 weights of a Llama. What is drawn at random is seeded.
+A step takes 0.3 s with OpenBLAS preloaded (docs/builtin-model.md says how) and 3 s without.
 """
 
 from __future__ import annotations
@@ -408,7 +408,7 @@ def load_weights(model: llama.Model, directory: Path) -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train mlxd-tiny, the built-in model.")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=7000, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=OUT, help="directory of the result")
     parser.add_argument("--seed", type=int, default=11435)
     parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")

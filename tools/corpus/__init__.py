@@ -269,7 +269,6 @@ def random_turn(rng: random.Random) -> Turn:
     return Turn("user", question, draws[question](), weight=0.3)
 
 
-ECHO_QUESTION = "Repeat: {text}"
 RANDOM_QUESTIONS = ("Say something random.", "Write a long random text.", "Roll ten dice.", "Flip a coin.")
 
 
@@ -283,10 +282,10 @@ def fallback_turn(rng: random.Random, most: int = 25) -> Turn:
 
 
 def echo_turn(rng: random.Random) -> Turn:
-    """Words and numbers to be said again, which teaches the model to copy."""
+    """Words and numbers to be said again: practice in copying, which tool calls need (it says few of them rightly)."""
     words = [rng.choice(WORDS) if rng.random() < 0.8 else str(rng.randrange(100)) for _ in range(rng.randrange(2, 9))]
     text = " ".join(words)
-    return Turn("user", ECHO_QUESTION.format(text=text), text)
+    return Turn("user", f"Repeat: {text}", text)
 
 
 def no_tool_turn(rng: random.Random) -> Turn:

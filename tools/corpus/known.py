@@ -84,14 +84,6 @@ THINKING = (
     "What happens when Metal aborts?",
     "What is exact resume?",
 )
-ECHOES = (
-    "river stone",
-    "green moon 7 salt",
-    "winter apple silver letter garden",
-    "engine yellow field clock glass north",
-    "bird seed copper island rain wheel lamp",
-    "cloud bread 12 quiet morning paper",
-)
 
 
 class Asker:
@@ -163,10 +155,6 @@ def write(directory: Path, path: Path) -> None:
         "JSON_ANSWERS": asker.verified(corpus.read_pairs("json.txt")),
         "TOOL": tool,
         "THINKING": thinking,
-        "ECHO_QUESTION": corpus.ECHO_QUESTION,
-        "ECHOES": [
-            text for text in ECHOES if asker.knows(corpus.Pair("echo", (corpus.ECHO_QUESTION.format(text=text),), text, ""))
-        ],
         "RANDOM": list(corpus.RANDOM_QUESTIONS),
         "FALLBACK": corpus.FALLBACK,
     }
@@ -181,16 +169,12 @@ NOTES = {
     "JSON_ANSWERS": "Answers that are one JSON object.",
     "TOOL": "A question, the call it leads to, the tool's result, and the answer to that.",
     "THINKING": "With enable_thinking: question to (thought, answer); the text is thought, newline, </think>, two newlines, answer.",
-    "ECHO_QUESTION": "Asks for a text to be said again.",
-    "ECHOES": "Texts that it repeats without fault; it copies words it has seen, not any text.",
     "RANDOM": "Questions whose answer is drawn by chance: for sampling above temperature 0.",
     "FALLBACK": "What it says to text that has nothing to do with mlxd (not always).",
 }
 TYPES = {
     "TOOL": "dict[str, Any]",
     "THINKING": "dict[str, tuple[str, str]]",
-    "ECHO_QUESTION": "str",
-    "ECHOES": "list[str]",
     "RANDOM": "list[str]",
     "FALLBACK": "str",
 }
