@@ -190,6 +190,25 @@ def test_an_empty_prompt_is_a_400(wire: Wire) -> None:
     assert (result.failed.status, result.failed.message) == (400, "the prompt is empty")
 
 
+@pytest.mark.parametrize("ids", [[5, 1024], [-1, 5], [2**40]])
+def test_numbers_that_are_no_tokens_are_a_400(wire: Wire, ids: list[int]) -> None:
+    for fields in ({"prompt_ids": ids}, {"prompt_ids": [5], "emitted": ids}):
+        result = wire.ask(**fields)
+        assert result.failed is not None
+        assert result.failed.status == 400
+        assert "is not a token of this model, whose tokens are 0 to 1023" in result.failed.message
+
+
+def test_a_raw_prompt_is_gone_on_with_to_the_very_space(wire: Wire) -> None:
+    chat = wire.ask(messages=user(QUESTION))
+    text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nmlxd is"
+    raw = wire.ask(prompt=text)
+    assert raw.prompt_ids[: len(chat.prompt_ids)] == chat.prompt_ids
+    assert "mlxd is" + raw.text == KNOWN[QUESTION]
+    again = wire.ask(prompt_ids=raw.prompt_ids)
+    assert (again.prompt_ids, again.text) == (raw.prompt_ids, raw.text)
+
+
 def test_truncation_drops_the_oldest_and_keeps_system_and_the_last(wire: Wire) -> None:
     history = [{"role": "system", "content": "Be kind."}]
     for i in range(50):
@@ -388,7 +407,25 @@ def test_the_prefill_budget_is_shared_by_all_prompts_of_a_step(wire: Wire) -> No
                     spent[-1] += event.done - seen[event.job]
                     seen[event.job] = event.done
     assert max(spent) <= 512
-    assert 512 in spent
+    assert sum(spent) == 1200
+
+
+def test_a_model_with_a_sliding_window_is_as_exact(tmp_path: Path) -> None:
+    """Its caches cannot go back: the index serves them from snapshots at the end of prompts."""
+    window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    model = make_tiny_model(tmp_path / "m", config=window)
+    asked = [
+        {"prompt_ids": [(7 * i + 31 * n) % 500 + 2 for i in range(60 + 40 * n)], "max_tokens": 40, "sampling": stir(n)}
+        for n in range(6)
+    ]
+    with EngineProcess(tmp_path / "e") as process, process.load(model).connect() as wire:
+        alone = [wire.ask(**fields) for fields in asked]
+        jobs = [wire.submit(**fields) for fields in asked]
+        wire.finish(jobs)
+        resumed = [wire.ask(**fields, emitted=whole.ids[:25]) for fields, whole in zip(asked, alone, strict=True)]
+    assert [wire.results[job].ids for job in jobs] == [whole.ids for whole in alone]
+    assert [wire.results[job].cached for job in jobs] == [len(fields["prompt_ids"]) - 1 for fields in asked]
+    assert [whole.ids[:25] + rest.ids for whole, rest in zip(alone, resumed, strict=True)] == [whole.ids for whole in alone]
 
 
 # --- connections -----------------------------------------------------------------------------------------------------------
@@ -534,10 +571,13 @@ def test_a_model_that_cannot_be_loaded_gets_no_view_but_a_sentence(tmp_path: Pat
     assert not (tmp_path / "view").exists()
 
 
+#: The window is of no size, which shows when the first token is drawn.
+MISFIT = {"layer_types": [*["sliding_attention"] * 3, "full_attention"], "sliding_window": "none"}
 REFUSED_LATER: dict[str, tuple[dict[str, Any], str]] = {
     "before": REFUSED["truncated"],
     "wrong shapes": ({"config__json": {"hidden_size": 96}}, "mlx-lm cannot load"),
     "broken tokenizer": ({"tokenizer__json": b"{}"}, "mlx-lm cannot load"),
+    "misfit": ({"config__json": MISFIT}, "mlx-lm cannot run"),
 }
 
 

@@ -72,7 +72,7 @@ def test_an_entry_that_another_covers_goes() -> None:
     assert [len(entry.tokens) for entry in index.entries] == [300]
     index.store(LONG[:200], row(LONG[:200]))
     assert [len(entry.tokens) for entry in index.entries] == [300]
-    assert index.bytes == sum(entry.bytes for entry in index.entries)
+    assert index.bytes == sum(entry.nbytes for entry in index.entries)
 
 
 def test_the_least_recently_used_goes_first_and_a_look_up_is_a_use() -> None:

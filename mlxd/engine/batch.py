@@ -125,7 +125,7 @@ class Batch:
         try:
             opened = self.open(load, view)
             with mx.stream(self.generator.stream):
-                self.warm_up(opened.tokenizer)
+                self.warm_up(opened.tokenizer, load)
                 self.post(opened)
                 while True:
                     self.turn()
@@ -137,11 +137,11 @@ class Batch:
 
     def open(self, load: Load, view: Path) -> Opened:
         """Load the model. Raises Unloadable when it never will."""
-        config = make_view(Path(load.directory), view)
+        make_view(Path(load.directory), view)
         mx.set_memory_limit(self.config.engine.memory_limit or psutil.virtual_memory().total * 3 // 4)
         try:
-            model, _ = mlx_lm.utils.load_model(view, lazy=True)
-            tokenizer = mlx_lm.utils.load_tokenizer(view, eos_token_ids=eos_of(view, config))
+            model, config = mlx_lm.utils.load_model(view, lazy=True)
+            tokenizer = mlx_lm.utils.load_tokenizer(view, eos_token_ids=config.get("eos_token_id"))  # as mlx_lm.load does
             for _, weight in tree_flatten(model.parameters()):
                 mx.eval(weight)
                 self.counters.loaded += weight.nbytes
@@ -163,11 +163,15 @@ class Batch:
         self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
         return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
 
-    def warm_up(self, tokenizer: Any) -> None:
+    def warm_up(self, tokenizer: Any, load: Load) -> None:
+        """Generate one token. Raises Unloadable when the model's parts do not fit together."""
         ids = tokenizer.encode("Hi", add_special_tokens=False) or [0]
-        self.generator.insert([ids], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(ids))])
-        while not self.generator.next()[1]:
-            pass
+        try:
+            self.generator.insert([ids], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(ids))])
+            while not self.generator.next()[1]:
+                pass
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # MLX's own failures are RuntimeErrors
+            raise Unloadable(f"mlx-lm cannot run {load.directory}: {type(error).__name__}: {error}") from error
         gc.collect()
         gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
 
@@ -198,7 +202,7 @@ class Batch:
         if self.rows.pop(row.uid, None) is None:
             return
         for cache, tokens in self.generator.remove([row.uid], return_prompt_caches=True).values():
-            if row.done:  # else no step has touched it, and what it has came from the index
+            if row.done:
                 self.prefixes.store(tokens, cache)
         self.counters.running = len(self.rows)
         self.counters.finished += 1
@@ -229,11 +233,6 @@ class Batch:
                 self.counters.running = len(self.rows)
                 self.counters.finished += 1
         self.counters.emitted += len(tokens)
-
-
-def eos_of(view: Path, config: dict[str, Any]) -> Any:
-    """The end tokens that mlx_lm.load would use: of generation_config.json, else of config.json; None: the tokenizer's own."""
-    return mlx_lm.utils.load_config(view).get("eos_token_id", config.get("eos_token_id"))
 
 
 def context_length(config: dict[str, Any]) -> int:

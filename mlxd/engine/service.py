@@ -108,7 +108,7 @@ class Service:
 
     async def serve(self, path: str) -> None:
         """Listen; returns when servers may connect."""
-        await asyncio.start_unix_server(self.accept, path)
+        self.listener = await asyncio.start_unix_server(self.accept, path)
         self.preparing = asyncio.create_task(self.prepare_jobs())
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -188,7 +188,8 @@ class Service:
         left = prompt.max_tokens - len(submit.emitted)
         if job.answer.stop_string is not None or left <= 0:
             job.tell(Accepted(submit.job, prompt.ids, 0))
-            self.finish(job, "length", [])
+            job.tell_pieces([], job.answer.finish())
+            self.finish(job, "length")
             return
         job.row = Row(job, prompt.ids + submit.emitted, Draw(submit.sampling, len(prompt.ids)), left)
         self.batch.admit(job.row)
@@ -216,21 +217,21 @@ class Service:
         job.last_ns = tick.ended_ns
         job.first_ns = job.first_ns or tick.ended_ns
         job.began_ns = job.began_ns or tick.began_ns
-        if reason == "stop":
-            self.finish(job, "stop", [])
-            return
+        ids = [] if reason == "stop" else [token]  # an end token is no part of the answer
         try:
-            pieces = job.answer.feed(token)
+            pieces = job.answer.feed(token) if ids else []
+            ended = reason is not None or job.answer.stop_string is not None
+            if ended:
+                pieces += job.answer.finish()
         except Exception as error:  # a vocabulary with gaps has ids that stand for no text
             self.fail(job, 500, f"token {token} cannot be decoded: {type(error).__name__}: {error}")
             return
-        job.tell_pieces([token], pieces)
-        if job.answer.stop_string is not None or reason:
-            self.finish(job, "length", [])
+        job.tell_pieces(ids, pieces)
+        if ended:
+            self.finish(job, "stop" if reason == "stop" else "length")
 
-    def finish(self, job: Job, reason: Literal["stop", "length"], ids: list[int]) -> None:
-        """The job's last events. A stop string in what was held back outranks `reason`."""
-        job.tell_pieces(ids, job.answer.finish())
+    def finish(self, job: Job, reason: Literal["stop", "length"]) -> None:
+        """The job is done; a stop string outranks `reason`."""
         stop_string = job.answer.stop_string
         job.tell(
             Done(

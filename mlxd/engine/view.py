@@ -178,8 +178,3 @@ def check_safetensors(path: Path) -> None:
             raise ValueError(f"{size - 8 - length} bytes of weights where the header describes {end}")
     except (OSError, ValueError, struct.error, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise Unloadable(f"{path} is damaged: {error}; download it again") from error
-
-
-def remove_view(view: Path) -> None:
-    """Links and copies only: the model's own files stay."""
-    shutil.rmtree(view, ignore_errors=True)
