@@ -14,19 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 import mlxd
 from mlxd.errors import Refused
+from mlxd.modelfiles import MAX_JSON_BYTES, Broken, check_tokenizer, read_json, read_weights, refuse_code
 
 BUILTIN = "mlxd-tiny:latest"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
-#: A safetensors header says how long it is; over this it is not one (100 MB is the format's own limit).
-MAX_HEADER_BYTES = 100 * 1024 * 1024
-MAX_JSON_BYTES = 64 * 1024 * 1024
 #: Bits of the dtypes that safetensors knows, of those models come in.
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U32": 32, "U8": 8, "BOOL": 8}
 
@@ -58,10 +55,6 @@ class Model(Struct, frozen=True):
             if self.parameters >= one:
                 return f"{self.parameters / one:.3g}{unit}"
         return str(self.parameters)
-
-
-class Broken(Exception):
-    """A directory that looks like a model and is none; the text is for the client."""
 
 
 def canonical(name: str) -> str:
@@ -101,7 +94,7 @@ class Catalogue:
         if key in self.found:
             return self.found[key]
         if key in self.broken:
-            raise Refused(400, f"model '{name}' cannot be used: {self.broken[key]}")
+            raise Refused(400, f"model '{name}' cannot be loaded: {self.broken[key]}")
         raise Refused(404, f"model '{name}' not found", code="model_not_found")
 
     def scan(self) -> list[Model]:
@@ -203,30 +196,21 @@ def examine(name: str, directory: Path) -> Model | str:
 def read_model(name: str, directory: Path) -> Model:
     """Raises Broken with the file that is missing or wrong, OSError."""
     config = read_json(directory / "config.json")
-    if "model_file" in config or config.get("trust_remote_code"):
-        raise Broken("it brings code of its own (config.json says so), and mlxd runs no code of a model")
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        for shard in sorted({str(shard) for shard in shards.values()} if isinstance(shards, dict) else ()):
-            if not (directory / shard).is_file():
-                raise Broken(f"{shard} is missing")
-    if not weights:
-        raise Broken("there is no *.safetensors file")
     names = {path.name for path in files}
-    if not names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tiktoken.model"}:
-        raise Broken("tokenizer.json is missing")
+    for settings in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if settings in names:
+            refuse_code(settings, read_json(directory / settings))
+    tensors = read_weights(directory, names)
+    check_tokenizer(names)
     stats = [path.stat() for path in files]
-    tensors = {tensor: shape for path in weights for tensor, shape in read_header(path).items()}
     nested = config.get("text_config")  # of models that see or hear
     text = nested if isinstance(nested, dict) else config
     identity = [(path.name, found.st_size, found.st_mtime_ns) for path, found in zip(files, stats, strict=True)]
     return Model(
         name=name,
         directory=directory.absolute(),
-        size_bytes=sum(path.stat().st_size for path in weights),
+        size_bytes=sum(found.st_size for path, found in zip(files, stats, strict=True) if path.suffix == ".safetensors"),
         digest=hashlib.sha256(repr(identity).encode()).hexdigest(),
         modified_at=max(found.st_mtime for found in stats),
         family=str(config.get("model_type") or "unknown"),
@@ -249,41 +233,6 @@ def chat_template(directory: Path) -> str:
         named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file. Raises Broken."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise Broken(f"{path.name} is too large to be true")
-        value = msgspec.json.decode(path.read_bytes())
-    except FileNotFoundError:
-        raise Broken(f"{path.name} is missing") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Broken(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise Broken(f"{path.name} is not a JSON object")
-    return value
-
-
-def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Tensor -> dtype and shape, from a safetensors file's header. Raises Broken."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise Broken(f"{path.name} is cut short or no safetensors file")
-        try:
-            header = msgspec.json.decode(file.read(length), type=dict[str, dict[str, Any]])
-            tensors = {
-                name: (str(t["dtype"]), [int(n) for n in t["shape"]]) for name, t in header.items() if name != "__metadata__"
-            }
-            end = max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, IndexError, TypeError, ValueError):
-            raise Broken(f"{path.name} is no safetensors file") from None
-    if end > size - 8 - length:
-        raise Broken(f"{path.name} is cut short")
-    return tensors
 
 
 def whole(value: object) -> int:

@@ -249,7 +249,9 @@ class Pool:
             if engine.connection is not None and engine.state == "ready":
                 return engine.connection
             if engine.refusals != refusals:
-                raise Refused(400, engine.cause, code="model_refused", hopeless=True)
+                raise Refused(
+                    400, f"model '{engine.model.name}' cannot be loaded: {engine.cause}", code="model_refused", hopeless=True
+                )
             if engine.state == "absent":
                 await self.load(engine, patience_s)
                 continue

@@ -313,7 +313,7 @@ def test_a_model_that_cannot_be_loaded_is_a_400_that_says_why(
         assert status == 400, body
         error = json.loads(body)["error"]
         message = error if path == "/api/chat" else error["message"]
-        assert sentence in message and str(home) not in message
+        assert sentence in message and str(home) not in message, message
     assert not (home / "canary").exists()
     question, answer = next(iter(KNOWN.items()))
     assert chat(port, question)["message"]["content"] == answer

@@ -32,7 +32,8 @@ QUESTIONS = [
 #: Two x86 cores give about 5 tokens/s.
 TOKENS = 12
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+# One worker runs both, for the model and the daemon are made once.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900), pytest.mark.xdist_group("real-model")]
 
 ALONE = """
 import json, sys

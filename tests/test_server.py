@@ -243,7 +243,8 @@ def test_a_model_that_cannot_be_loaded_gives_its_reason_each_time(home: Path) ->
     with supervised(home, ("refused",)) as server:
         for _ in range(2):
             answer = ask(server, "n=1", model="refused")
-            assert (answer.status_code, answer.json()["error"]) == (400, "refused:latest is broken: a tensor is missing")
+            sentence = "model 'refused:latest' cannot be loaded: refused:latest is broken: a tensor is missing"
+            assert (answer.status_code, answer.json()["error"]) == (400, sentence)
         assert len(spoken(server, Want)) == 2
 
 
@@ -364,7 +365,7 @@ def test_a_request_that_kills_every_engine_is_given_up_and_its_neighbour_is_not(
 
 def test_more_than_the_slots_wait_and_more_than_the_seats_are_refused_in_each_dialect(home: Path) -> None:
     with supervised(home, server={"max_concurrent": 2, "max_queue": 2}) as server:
-        calls = [asking(server, "n=8 delay=0.1") for _ in range(4)]
+        calls = [asking(server, "n=8 delay=0.5") for _ in range(4)]
         until("a full house", lambda: queue(server) == (2, 2), server.told)
         native, openai = ask(server, "n=1"), ask(server, "n=1", path="/v1/chat/completions")
         busy = "server busy, please try again.  maximum pending requests exceeded"

@@ -19,7 +19,8 @@ from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
 from mlxd.journal import Entry, Journal, Request, Summary
 from mlxd.messages import ChildWord, Counters, Done, Event, ExitRecord, Progress, Token
-from mlxd.models import BUILTIN, Broken, Catalogue, Model, chat_template
+from mlxd.modelfiles import Broken
+from mlxd.models import BUILTIN, Catalogue, Model, chat_template
 from mlxd.pool import Engine, Pool, keep_alive_s
 
 #: A client that takes no byte for this long is taken for gone.

@@ -26,8 +26,9 @@ from mlx_lm.models import cache as row_caches
 from mlxd.config import Config
 from mlxd.engine.prefix import PrefixIndex
 from mlxd.engine.sampling import Draw, generate
-from mlxd.engine.view import Unloadable, make_view
+from mlxd.engine.view import make_view
 from mlxd.messages import Counters, Load, Sampling
+from mlxd.modelfiles import Broken
 
 log = logging.getLogger(__name__)
 
@@ -125,18 +126,18 @@ class Batch:
         try:
             opened = self.open(load, view)
             with mx.stream(self.generator.stream):
-                self.warm_up(opened.tokenizer, load)
+                self.warm_up(opened.tokenizer)
                 self.post(opened)
                 while True:
                     self.turn()
-        except Unloadable as error:
-            self.post(Ended("refused", str(error)))
+        except Broken as error:
+            self.post(Ended("refused", without_paths(str(error), load, view)))
         except Exception as error:
             traceback.print_exc()
             self.post(Ended("error", f"{type(error).__name__}: {error}"))
 
     def open(self, load: Load, view: Path) -> Opened:
-        """Load the model. Raises Unloadable when it never will."""
+        """Load the model. Raises Broken when it never will."""
         make_view(Path(load.directory), view)
         mx.set_memory_limit(self.config.engine.memory_limit or psutil.virtual_memory().total * 3 // 4)
         try:
@@ -150,7 +151,7 @@ class Batch:
         except Exception as error:
             if "alloc" in str(error):  # MLX has no class for it: "[malloc] Unable to allocate N bytes."
                 raise
-            raise Unloadable(f"mlx-lm cannot load {load.directory}: {type(error).__name__}: {error}") from error
+            raise Broken(f"mlx-lm cannot load it: {type(error).__name__}: {error}") from error
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
         self.generator = generate.BatchGenerator(
             model,
@@ -163,15 +164,15 @@ class Batch:
         self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
         return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
 
-    def warm_up(self, tokenizer: Any, load: Load) -> None:
-        """Generate one token. Raises Unloadable when the model's parts do not fit together."""
+    def warm_up(self, tokenizer: Any) -> None:
+        """Generate one token. Raises Broken when the model's parts do not fit together."""
         ids = tokenizer.encode("Hi", add_special_tokens=False) or [0]
         try:
             self.generator.insert([ids], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(ids))])
             while not self.generator.next()[1]:
                 pass
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # MLX's own failures are RuntimeErrors
-            raise Unloadable(f"mlx-lm cannot run {load.directory}: {type(error).__name__}: {error}") from error
+            raise Broken(f"mlx-lm cannot run it: {type(error).__name__}: {error}") from error
         gc.collect()
         gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
 
@@ -233,6 +234,13 @@ class Batch:
                 self.counters.running = len(self.rows)
                 self.counters.finished += 1
         self.counters.emitted += len(tokens)
+
+
+def without_paths(text: str, load: Load, view: Path) -> str:
+    """What a library said of a model, for clients: the names of files, not where they lie."""
+    for directory in (str(view), str(Path(load.directory).resolve()), load.directory):
+        text = text.replace(f"{directory}/", "").replace(directory, load.model)
+    return text
 
 
 def context_length(config: dict[str, Any]) -> int:
