@@ -382,20 +382,13 @@ def test_more_than_the_slots_wait_and_more_than_the_seats_are_refused_in_each_di
 def test_high_priority_goes_first(home: Path) -> None:
     with supervised(home, server={"max_concurrent": 1}) as server, streaming(server, "n=20 delay=0.05") as lines:
         next(lines)
-        order: list[str] = []
-
-        def call(priority: str) -> None:
-            ask(server, "n=1", {"X-Priority": priority})
-            order.append(priority)
-
-        calls = []
+        calls = {}
         for number, priority in enumerate(("low", "normal", "HIGH")):
-            calls.append(Background(lambda priority=priority: call(priority)))
+            calls[priority] = asking(server, "n=1", {"X-Priority": priority})
             until(f"{priority} in the queue", lambda number=number: queue(server) == (1, number + 1), server.told)
         list(lines)
-        for one in calls:
-            one.result()
-        assert order == ["HIGH", "normal", "low"]
+        answered = {priority: call.result().json()["created_at"] for priority, call in calls.items()}
+        assert sorted(answered, key=answered.__getitem__) == ["HIGH", "normal", "low"]
         wrong = ask(server, "n=1", {"X-Priority": "urgent"})
         assert (wrong.status_code, wrong.json()["error"]) == (400, "X-Priority must be high, normal or low")
 
