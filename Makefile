@@ -5,6 +5,9 @@ STAMP = $(VENV)/.installed
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # No dependency is built from source: a build would fetch its own tools without a hash.
 LOCKED = $(PIP) install -q --require-hashes --no-deps --only-binary :all:
+# Tests of processes mostly wait: more of them at once than there are cores.
+JOBS = 4
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
 # What is in .venv, and for which checkout: "run /home/me/mlxd". A moved checkout, or a venv whose Python is gone, is made anew.
 INSTALLED := $(shell test -x $(VENV)/bin/python && cat $(STAMP) 2>/dev/null)
@@ -43,10 +46,10 @@ status:
 	@if test -x $(VENV)/bin/mlxd; then $(VENV)/bin/mlxd status; else echo "not installed here: make start"; exit 3; fi
 
 test: $(STAMP).test
-	@$(VENV)/bin/python -m pytest -n $(JOBS) -m "not full" $(ARGS)
+	@$(PYTEST) -m "not full" $(ARGS)
 
 test-full: $(STAMP).test
-	@$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 lint: $(STAMP).test
 	@$(VENV)/bin/ruff check .

@@ -5,7 +5,8 @@
     python bench/throughput.py --model ~/mlx-models/some-model --streams 8
 
 One run measures all three in turn, round by round, with the same model and the same prompts, greedy; so ratios mean something even
-where the machine is busy with other things. No prompt comes twice, so no cache helps. Ratios are taken within a round.
+where the machine is busy with other things. Prompts are drawn anew for each round, so no cache helps. Ratios are taken within a
+round.
 """
 
 from __future__ import annotations
@@ -147,13 +148,15 @@ def percentile(values: list[float], percent: float) -> float:
     return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
 
 
-def measure(targets: dict[str, Target], streams: list[int], tokens: int, rounds: int) -> dict[int, dict[str, list[dict[str, Any]]]]:
+def measure(
+    targets: dict[str, Target], streams: list[int], tokens: int, words: int, rounds: int
+) -> dict[int, dict[str, list[dict[str, Any]]]]:
     """streams -> target -> one result per round. The order of the targets changes from round to round."""
     texts = iter(made_up_text(seed=1, lines=sum(streams) * (rounds + 1)))
     results: dict[int, dict[str, list[dict[str, Any]]]] = {n: {name: [] for name in targets} for n in streams}
     for number in range(rounds + 1):
         for n in streams:
-            prompts = [next(texts) for _ in range(n)]
+            prompts = [" ".join(next(texts).split()[:words]) for _ in range(n)]
             names = list(targets)
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--model", default="small", help="small, medium (made here, random weights) or a model directory")
     parser.add_argument("--streams", default="1,8,32", help="how many at once, a comma list")
     parser.add_argument("--tokens", type=int, default=256, help="for each stream")
+    parser.add_argument("--words", type=int, default=4, help="in each prompt, 14 at most; a word is 1 to 4 tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--who", default="bare,mlx_lm.server,mlxd", help="what to measure, a comma list")
     args = parser.parse_args()
@@ -222,11 +226,11 @@ def main() -> None:
         if "mlxd" in who:
             targets["mlxd"] = start_mlxd(stack, model, client)
         print(
-            f"model {model.name}, {args.tokens} tokens a stream, greedy, {args.rounds} rounds;"
+            f"model {model.name}, prompts of {args.words} words, {args.tokens} tokens a stream, greedy, {args.rounds} rounds;"
             f" {platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
         )
         before = {name: memory_line(target.pids) for name, target in targets.items()}
-        report(measure(targets, streams, args.tokens, args.rounds))
+        report(measure(targets, streams, args.tokens, args.words, args.rounds))
         for name, target in targets.items():
             print(f"resident before  {before[name]}\nresident after   {memory_line(target.pids)}")
 
