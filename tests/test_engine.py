@@ -356,7 +356,7 @@ def test_a_follow_up_reuses_what_the_first_turn_computed_and_says_the_same(tmp_p
         assert hit.done.cached_tokens == hit.cached
         repeated = wire.ask(messages=turn, max_tokens=80)
         assert repeated.cached == 0 or repeated.ids == first.ids
-    without = config.Config(engine=config.Engine(cache_bytes=0))
+    without = config.Config(engine=config.Engine(cache_bytes=1))
     with EngineProcess(tmp_path / "b", without) as process, process.load(BUILTIN).connect() as wire:
         miss = wire.ask(messages=follow_up)
         assert miss.cached == 0

@@ -48,6 +48,9 @@ DEFAULT_CONTEXT = 32768
 #: MLX keeps freed buffers for the next step, as many as it may: 120 MB for a model of 1 MB.
 LEAST_CACHE_LIMIT = 16 * 1024 * 1024
 
+#: For prompts that come again, beside a model so small that half of its weights would hold none.
+LEAST_PREFIX_BYTES = 16 * 1024 * 1024
+
 
 @dataclass(eq=False, slots=True)
 class Row:
@@ -103,7 +106,7 @@ class Batch:
         self.counters = Counters()
         self.inbox: queue.SimpleQueue[tuple[Callable[[Row, Tick], None], Row]] = queue.SimpleQueue()
         self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row
-        self.prefixes = PrefixIndex(config.engine.cache_bytes)
+        self.prefixes = PrefixIndex(0)  # until the model is loaded and says how much
         self.generator: Any = None
         self.snapshots = False
 
@@ -153,11 +156,12 @@ class Batch:
                 raise
             raise Broken(f"mlx-lm cannot load it: {type(error).__name__}: {error}") from error
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
+        self.prefixes.max_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
         self.generator = generate.BatchGenerator(
             model,
             stop_tokens=[(token,) for token in sorted(tokenizer.eos_token_ids)],
             completion_batch_size=self.config.server.max_concurrent,
-            prefill_batch_size=min(8, self.config.server.max_concurrent),
+            prefill_batch_size=self.config.server.max_concurrent,  # the budget of tokens bounds a step, not the rows
             prefill_step_size=self.config.engine.prefill_tokens,
         )
         self.generator.close()  # puts the wired limit back, which making it has set, and is all that it does
