@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ model_option = click.option("--model", help="Preload this model for this run.")
 @as_json
 @click.pass_context
 def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None, json_: bool) -> None:
-    """Start the daemon in the background and wait until it is ready."""
+    """Start in the background; wait until it is ready."""
     where = paths.locate()
     await_the_end_of_a_stop(where)
     if not is_running(where):
@@ -105,7 +106,7 @@ def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None
 
 @main.command()
 def stop() -> None:
-    """Stop the daemon: running answers get 30 s to end."""
+    """Stop; running answers get 30 s to end."""
     where = paths.locate()
     try:
         pid = int(control.ask(where.control, "stop")["pid"])
@@ -124,7 +125,7 @@ def stop() -> None:
 @as_json
 @click.pass_context
 def restart(ctx: click.Context, json_: bool) -> None:
-    """Replace the server and the engines, by the configuration as it is now; no connection is refused."""
+    """Replace server and engines; no connection is refused."""
     where = paths.locate()
     validate(where, [])
     control.ask(where.control, "restart")
@@ -136,7 +137,7 @@ def restart(ctx: click.Context, json_: bool) -> None:
 @main.command()
 @as_json
 def reload(json_: bool) -> None:
-    """Read the configuration again; an invalid one is refused and the old one stays."""
+    """Read the configuration again."""
     told = control.ask(paths.locate().control, "reload")
     if json_:
         click.echo(json.dumps(told))
@@ -152,7 +153,10 @@ def reload(json_: bool) -> None:
 @port_option
 @model_option
 def run(port: int | None, model: str | None) -> None:
-    """Run in the foreground, as launchd and systemd do. `serve` is the same."""
+    """Run in the foreground, as launchd and systemd do.
+
+    `mlxd serve` is the same.
+    """
     sys.stdout.flush()
     # The daemon's process is the supervisor alone: neither click nor this file stays in its memory.
     os.execv(sys.executable, [sys.executable, "-m", "mlxd.supervisor", *flag_arguments(port, model)])
@@ -165,7 +169,10 @@ def run(port: int | None, model: str | None) -> None:
 @as_json
 @click.pass_context
 def status(ctx: click.Context, json_: bool) -> None:
-    """Show every process, one a line. Exit status: 0 ready, 3 not running, 4 not ready."""
+    """Show every process, one a line.
+
+    Exit status: 0 ready or degraded, 3 not running, 4 running and not ready.
+    """
     where = paths.locate()
     try:
         told = control.ask(where.control, "status")
@@ -307,7 +314,16 @@ def greet(told: dict[str, Any]) -> None:
     )
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is mlxd?"}]})
     click.echo(f"try    curl {told['url']}/api/chat -d '{body}'")
-    click.echo("stop   mlxd stop")
+    click.echo(f"stop   {our_name()} stop")
+
+
+def our_name() -> str:
+    """What to type to get this command: `mlxd` where the shell finds it, else its path (after `make start`, .venv is on nobody's PATH)."""
+    found = shutil.which("mlxd")
+    path = Path(sys.argv[0])
+    if path.name != "mlxd":
+        return "python -m mlxd"
+    return "mlxd" if found and Path(found).samefile(path) else str(path)
 
 
 def line_of(told: dict[str, Any]) -> str:

@@ -6,8 +6,7 @@ from __future__ import annotations
 class MlxdError(Exception):
     """Something a person can act on. The message is one sentence that says what to do.
 
-    `exit_status` is what the command line ends with (CONTRACT of `mlxd`: 1 failed, 3 not running, 4 not ready,
-    75 temporary, 78 configuration).
+    `exit_status` is what the command line ends with: 1 failed, 3 not running, 4 not ready, 75 temporary, 78 configuration.
     """
 
     exit_status = 1

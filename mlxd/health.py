@@ -1,4 +1,4 @@
-"""What the server says of itself: `/health`, `/health/live`, `/health/ready`. Keys and statuses are in CONTRACT."""
+"""What the server says of itself: `/health`, `/health/live`, `/health/ready`. Monitors rely on the keys."""
 
 from __future__ import annotations
 

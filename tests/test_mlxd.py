@@ -82,7 +82,7 @@ def test_start_greets_with_what_to_try_and_that_works(real: Callable[..., Daemon
     ran = d.mlxd("start")
     assert ran.returncode == 0, ran.stderr
     assert re.match(r"ready  http://127\.0\.0\.1:\d+  mlxd-tiny  memory \d+ MB  restarts 0\n", ran.stdout)
-    assert "self-test and demo" in ran.stdout and "stop   mlxd stop" in ran.stdout
+    assert "self-test and demo" in ran.stdout and "stop   python -m mlxd stop" in ran.stdout
     curl = next(line for line in ran.stdout.splitlines() if line.startswith("try")).split("curl ", 1)[1]
     url, body = re.fullmatch(r"(\S+) -d '(.*)'", curl).groups()  # type: ignore[union-attr]
     port = int(url.split(":")[2].split("/")[0])
