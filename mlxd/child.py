@@ -7,6 +7,7 @@ Acts and remembers, decides nothing: what happens next is asked of `policy` by t
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import psutil
@@ -59,11 +60,12 @@ class Child:
     preload: bool = False
 
     wanted: bool = True
+    released: bool = False  # of an engine: not wanted any more, as soon as no server that drains may have a job on it
     state: State = State.STOPPED
     drain_s: float = 0.0  # of a server: how long it may take to end its streams
     retry_s: float = 0.0  # in BACKOFF and COOLDOWN: until the next try
     hold: str = ""  # why HELD, in words
-    hold_cause: Literal["", "fault", "memory", "unkillable"] = ""
+    hold_cause: Literal["", "fault", "memory"] = ""
     restarts: int = 0
     trial: bool = False
     ordered: bool = False  # mlxd ends this process for reasons that are not its fault
@@ -106,11 +108,11 @@ class Child:
 
         Its own session, so that neither a terminal's Ctrl-C nor whoever kills us reaches it unasked; no fork hooks.
         """
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        Path(settings.stack).unlink(missing_ok=True)
         log = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self.log_start = os.fstat(log).st_size
-        Path(settings.stack).unlink(missing_ok=True)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         settings.link_fd = theirs.fileno()
         environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
         try:
@@ -179,18 +181,19 @@ class Child:
         cause = self.cause(number, code, starved, words, error)
         death = Death(
             wanted=self.wanted,
-            ordered=self.ordered,
-            unfit=bool(self.hold) or code == EX_CONFIG,
+            ordered=self.ordered or cause == "deadline",
+            unfit=self.hold_cause == "fault" or code == EX_CONFIG,
             productive=self.ready_at is not None
             and (
                 self.counters.finished > self.at_ready.finished
                 or self.counters.emitted >= self.at_ready.emitted + PRODUCTIVE_TOKENS
             ),
             pressure=cause == "memory",
-            outside=number in (signal.SIGKILL, signal.SIGTERM) and not self.suspicion,
+            # TERM from somebody else: a server ends by itself then, and says so.
+            outside=not self.suspicion and (number in (signal.SIGKILL, signal.SIGTERM) or cause == "stopped"),
         )
         if number == signal.SIGKILL and self.memory_bytes > HEAVY_BYTES:
-            self.lost_bytes, self.available_bytes = self.memory_bytes, memory.available
+            self.lost_bytes = self.memory_bytes
         record = ExitRecord(
             ts=timestamp(),
             child=self.kind,
@@ -203,7 +206,7 @@ class Child:
             up_s=round(now - self.since, 3) if self.pid else 0.0,
             memory_bytes=self.memory_bytes,
             running=self.counters.running,
-            text=words if self.bye is None or not self.bye.text else self.bye.text,
+            text=words if self.bye is None or not self.bye.text else self.bye.text[-LAST_WORDS_BYTES:],
             stack=stack.decode(errors="replace") if stack else None,
         )
         if self.link is not None:
@@ -230,15 +233,25 @@ class Child:
         if starved or "Insufficient Memory" in words or "MemoryError" in words:
             return "memory"
         if number is not None:
-            named = {signal.SIGKILL: "killed", signal.SIGABRT: "aborted", signal.SIGSEGV: "segfault", signal.SIGBUS: "segfault"}
-            return named.get(signal.Signals(number), "terminated" if number == signal.SIGTERM else "signal")
+            named: dict[int, str] = {
+                signal.SIGKILL: "killed",
+                signal.SIGTERM: "terminated",
+                signal.SIGABRT: "aborted",
+                signal.SIGSEGV: "segfault",
+                signal.SIGBUS: "segfault",
+            }
+            return named.get(number, "signal")
         if code == EX_CONFIG:
             return "configuration"
         return "exited" if code == 0 else "error"
 
     def measure(self) -> None:
-        """Bring `memory_bytes` up to date; 0 when the process cannot be seen."""
-        self.memory_bytes = footprint(self.pid) if self.pid is not None else 0
+        """Bring `memory_bytes` up to date. A process that is ending has none left to see: what it had is what counts. Of a heavy one, what was
+        available beside it is remembered, too: Linux gives the memory back before it tells of the end."""
+        if self.pid is not None and (seen := footprint(self.pid)):
+            self.memory_bytes = seen
+            if seen > HEAVY_BYTES:
+                self.available_bytes = psutil.virtual_memory().available
 
     def memory_is_back(self) -> bool:
         """Whether 80 % of what a killed heavy process held is available again: one report has 414 of 424 GiB wired until reboot
@@ -276,15 +289,17 @@ def darwin_footprint(pid: int) -> int:
     """ri_phys_footprint of proc_pid_rusage, which psutil lacks; its RSS misses Metal's memory (omlx#1040)."""
     import ctypes
 
-    class Usage(ctypes.Structure):  # rusage_info_v2, <sys/resource.h>
-        _fields_ = [("uuid", ctypes.c_uint8 * 16), *((f"f{n}", ctypes.c_uint64) for n in range(18))]
+    # rusage_info_v2 (flavor 2) of <sys/resource.h>: a UUID of 16 bytes, then 18 numbers of 8: user_time, system_time, pkg_idle_wkups,
+    # interrupt_wkups, pageins, wired_size, resident_size, phys_footprint, ...
+    usage = (ctypes.c_uint64 * 20)()
+    return int(usage[2 + 7]) if libproc().proc_pid_rusage(pid, 2, usage) == 0 else 0
 
-    usage = Usage()
-    libproc = ctypes.CDLL("/usr/lib/libproc.dylib")
-    if libproc.proc_pid_rusage(pid, 2, ctypes.byref(usage)) != 0:
-        return 0
-    # user_time, system_time, pkg_idle_wkups, interrupt_wkups, pageins, wired_size, resident_size, phys_footprint
-    return int(usage.f7)
+
+@functools.cache
+def libproc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL("/usr/lib/libproc.dylib")
 
 
 def last_words(log: Path, start: int) -> str:
@@ -301,20 +316,16 @@ def last_words(log: Path, start: int) -> str:
 def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> bool:
     """Keep the last `keep_bytes` of a log over `most_bytes`; True if it was. The writer's O_APPEND goes on at the new end; what it
     writes between the read and the truncate is lost, and that is accepted."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    with os.fdopen(fd, "r+b") as file:
-        size = os.fstat(fd).st_size
-        if size <= most_bytes:
-            return False
-        file.seek(size - keep_bytes)
-        kept = file.read(keep_bytes)
-        file.seek(0)
-        file.truncate(0)
-        file.write(kept)
-    return True
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            file.seek(size - keep_bytes)
+            kept = file.read(keep_bytes)
+            file.seek(0)
+            file.truncate(0)
+            file.write(kept)
+            return True
+    return False
 
 
 def timestamp() -> str:

@@ -27,7 +27,7 @@ START_STATUS = {"ready": 0, "degraded": 0, "held": 75}
 STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
 NOT_READY = 4
 #: Of a process that is on its way up or down; a spare stays blank.
-MOVING = ("starting", "loading", "draining", "stopping")
+MOVING = ("starting", "loading", "draining", "stopping", "backoff")
 #: A start in which nothing moves for this long is not going to be one.
 STILL_S = 60.0
 #: The worst stop takes 30 s of draining, 10 s of TERM and 10 s of KILL.
@@ -108,12 +108,16 @@ def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None
 def stop() -> None:
     """Stop; running answers get 30 s to end."""
     where = paths.locate()
-    try:
-        pid = int(control.ask(where.control, "stop")["pid"])
-    except NotRunning:
-        click.echo("mlxd is not running")
-        return
     end = time.monotonic() + STOP_S
+    while True:
+        try:
+            pid = int(control.ask(where.control, "stop")["pid"])
+            break
+        except NotRunning:
+            if not is_locked(where.lock) or time.monotonic() > end:
+                click.echo("mlxd is not running")
+                return
+        time.sleep(0.05)  # it is just starting: it clears up after an earlier run before it listens
     while is_running(where) or is_locked(where.lock):
         if time.monotonic() > end:
             raise MlxdError(f"mlxd (pid {pid}) has not stopped within {STOP_S:.0f} s; look at `mlxd logs --supervisor`")

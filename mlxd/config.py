@@ -6,6 +6,7 @@ defaults < config.toml < .env < environment < flags. A value that cannot be used
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -87,7 +88,7 @@ class Supervisor(Section, frozen=True):
 class Health(Section, frozen=True):
     interval_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
     max_time_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
-    misses: Annotated[int, Meta(ge=1, le=100)] = 3
+    misses: Annotated[int, Meta(ge=1, le=5)] = 3
     suspect_s: Seconds = 5.0
     frozen_s: Seconds = 15.0
     frozen_loading_s: Seconds = 60.0
@@ -185,7 +186,9 @@ def load(
     for dotted, value in (flags or {}).items():
         section, key = dotted.split(".")
         put(section, key, value, f"--{key.replace('_', '-')}")
-    return Loaded(build(tree, sources), sources)
+    settings = build(tree, sources)
+    check_host(settings.server.host, sources.get("server.host", ""))
+    return Loaded(settings, sources)
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
@@ -249,6 +252,16 @@ def from_text(section: str, key: str, text: str, place: str) -> Any:
         raise ConfigError(f"{place} must be a number, not {text!r}")
     number = float(text)
     return int(number) if kind is int and number.is_integer() else number
+
+
+def check_host(host: str, place: str) -> None:
+    """Raises ConfigError unless `host` is an address, or "" or localhost for both loopbacks."""
+    if host in ("", "localhost"):
+        return
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise ConfigError(f"{place} must be an IP address such as 127.0.0.1, not {host!r}") from None
 
 
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:

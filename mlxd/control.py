@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
@@ -19,6 +20,8 @@ from mlxd.errors import MlxdError, NotRunning
 
 if TYPE_CHECKING:
     import asyncio
+
+log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64 * 1024
 #: An answer is a status with 50 exit records at most.
@@ -92,6 +95,9 @@ async def reply(text: bytes, verbs: dict[str, Verb]) -> dict[str, Any]:
         return await verb(asked)
     except MlxdError as error:
         return {"error": str(error), "exit_status": error.exit_status}
+    except Exception as error:  # a bug in one verb: its caller is told, and everybody else goes on
+        log.exception("%s failed", asked["verb"])
+        return {"error": f"mlxd failed at `{asked['verb']}` ({error}); look at `mlxd logs --supervisor`"}
 
 
 def peer_uid(sock: Any) -> int:

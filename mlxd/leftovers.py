@@ -90,14 +90,10 @@ def is_ours(left: Leftover) -> bool:
 
 def take_lease(where: paths.Paths, patience_s: float) -> int:
     """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`. Blocks."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            return lock.flocked(where.lease)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
-            time.sleep(0.02)
+    try:
+        return lock.flocked(where.lease, patience_s)
+    except BlockingIOError:
+        raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
 
 
 def start_identity(pid: int) -> float | None:
@@ -111,7 +107,8 @@ def start_identity(pid: int) -> float | None:
         fields = stat.rpartition(b")")[2].split()  # the name, in brackets, may hold blanks
         return None if fields[0] == b"Z" else float(fields[19])
     try:
-        return psutil.Process(pid).create_time()
+        # The public create_time() is corrected by the wall clock and moves with it (psutil 7.2, _psosx.py).
+        return float(psutil.Process(pid)._proc.create_time(monotonic=True))
     except psutil.Error:
         return None
 

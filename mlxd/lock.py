@@ -11,12 +11,16 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 
 from mlxd import control, paths
 from mlxd.errors import ConfigError, MlxdError
 
 log = logging.getLogger(__name__)
+
+#: `is_locked` holds the lock for the blink of an eye; a supervisor does not take that for another one.
+LOOK_S = 0.2
 
 
 class AlreadyRunning(MlxdError):
@@ -35,7 +39,7 @@ class Lock:
         if (pid := running_pid(where)) is not None:
             raise AlreadyRunning(f"already running, pid {pid}")
         try:
-            self.fd = flocked(where.lock)
+            self.fd = flocked(where.lock, LOOK_S)
         except BlockingIOError as error:
             text = (paths.read_small(where.pid_file, 32) or b"").decode(errors="replace").strip()
             raise AlreadyRunning(f"already running, pid {text or 'unknown'}") from error
@@ -63,15 +67,20 @@ class Lock:
             self.paths.pid_file.unlink(missing_ok=True)
 
 
-def flocked(path: Path) -> int:
-    """`path`, made if need be, open and locked. Raises BlockingIOError when another holds it."""
+def flocked(path: Path, patience_s: float = 0.0) -> int:
+    """`path`, made if need be, open and locked. Blocks; raises BlockingIOError when another holds it for `patience_s`."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                os.close(fd)
+                raise
+            time.sleep(0.02)
+        else:
+            return fd
 
 
 def is_locked(path: Path) -> bool:

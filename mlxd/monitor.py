@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 import time
@@ -39,7 +40,8 @@ async def poll(host: str, port: int, nonce: str, limit_s: float) -> Answer:
     try:
         async with asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_connection(host, port)
-            writer.write(f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+            name = f"[{host}]" if ":" in host else host
+            writer.write(f"GET /health HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n".encode())
             data = b""
             while len(data) < BODY_BYTES and (more := await reader.read(BODY_BYTES)):
                 data += more
@@ -64,14 +66,15 @@ class Files:
     """
 
     def __init__(self, files: list[Path], changed: Callable[[set[Path]], None]):
-        self.files = set(files)
+        # FSEvents tells real paths, whatever was asked for; /tmp and /var are links on macOS.
+        self.files = {Path(os.path.realpath(file.parent)) / file.name: file for file in files}
         self.changed = changed
         self.loop = asyncio.get_running_loop()
         self.pending: set[Path] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.observer = Observer()
         handler = Handler(self)
-        for directory in {file.parent for file in files}:
+        for directory in {file.parent for file in self.files}:
             self.observer.schedule(handler, str(directory), recursive=False)
 
     def start(self) -> None:
@@ -105,7 +108,7 @@ class Handler(FileSystemEventHandler):
         for name in (event.src_path, event.dest_path):
             path = Path(str(name)) if name else None
             if path in self.watcher.files and threading.main_thread().is_alive():
-                self.watcher.loop.call_soon_threadsafe(self.watcher.touched, path)
+                self.watcher.loop.call_soon_threadsafe(self.watcher.touched, self.watcher.files[path])
 
 
 def slept(before: tuple[float, float], now: tuple[float, float]) -> float:

@@ -24,7 +24,8 @@ class State(Enum):
     KILLING = "killing"  # sent KILL
     BACKOFF = "backoff"  # no process; the next try has a time
     COOLDOWN = "cooldown"  # no process; died too often, one try per cool-down
-    HELD = "held"  # no spawn until the cause is mended (or an unkillable process is gone)
+    HELD = "held"  # no process, and none until the cause is mended
+    UNKILLABLE = "unkillable"  # outlived KILL; shown as held: never a second process over it
 
 
 class Event(Enum):
@@ -85,7 +86,7 @@ TRANSITIONS: dict[State, dict[Event, tuple[State, Action]]] = {
     S.STARTING: {
         **ENDS,
         E.WANTED: (S.STARTING, A.NOTHING),
-        E.RENEWED: (S.STARTING, A.NOTHING),  # it is as new as can be
+        E.RENEWED: (S.STOPPING, A.TERMINATE),  # it has the settings and sockets of before
         E.UNWANTED: (S.STOPPING, A.TERMINATE),
         E.HURRIED: (S.KILLING, A.KILL),
         E.GREETED: (S.BLANK, A.NOTHING),
@@ -148,7 +149,7 @@ TRANSITIONS: dict[State, dict[Event, tuple[State, Action]]] = {
         E.HURRIED: (S.KILLING, A.NOTHING),
         E.GREETED: (S.KILLING, A.NOTHING),
         E.READIED: (S.KILLING, A.NOTHING),
-        E.LATE: (S.HELD, A.NOTHING),  # unkillable: never a second process over it
+        E.LATE: (S.UNKILLABLE, A.NOTHING),
         E.SICK: (S.KILLING, A.NOTHING),
     },
     S.BACKOFF: {
@@ -165,25 +166,33 @@ TRANSITIONS: dict[State, dict[Event, tuple[State, Action]]] = {
     },
     S.HELD: {
         **WAITING,
-        **ENDS,  # the unkillable one ended after all
         E.WANTED: (S.HELD, A.NOTHING),
         E.HURRIED: (S.HELD, A.NOTHING),
-        E.SICK: (S.HELD, A.NOTHING),
         E.MENDED: (S.STARTING, A.SPAWN),
+    },
+    S.UNKILLABLE: {
+        **ENDS,  # it ended after all
+        E.WANTED: (S.UNKILLABLE, A.NOTHING),
+        E.RENEWED: (S.UNKILLABLE, A.NOTHING),
+        E.UNWANTED: (S.UNKILLABLE, A.NOTHING),
+        E.HURRIED: (S.UNKILLABLE, A.NOTHING),
+        E.GREETED: (S.UNKILLABLE, A.NOTHING),
+        E.READIED: (S.UNKILLABLE, A.NOTHING),
+        E.SICK: (S.UNKILLABLE, A.NOTHING),
     },
 }
 
-_NO_PROCESS = (S.STOPPED, S.BACKOFF, S.COOLDOWN)
+_NO_PROCESS = (S.STOPPED, S.BACKOFF, S.COOLDOWN, S.HELD)
 _SPOKEN = (E.GREETED, E.ORDERED, E.READIED)
 
 #: Pairs that cannot arrive: reports name their process, so none is about a process that is not there; orders go to a blank child only.
 IMPOSSIBLE: frozenset[tuple[State, Event]] = frozenset(
     [(s, e) for s in _NO_PROCESS for e in (*ENDS, *_SPOKEN, E.SICK)]
     + [(s, E.MENDED) for s in State if s is not S.HELD]
-    + [(s, E.LATE) for s in (S.STOPPED, S.BLANK, S.READY, S.HELD)]  # states that last as long as they like
+    + [(s, E.LATE) for s in (S.STOPPED, S.BLANK, S.READY, S.HELD, S.UNKILLABLE)]  # states that last as long as they like
     + [(s, E.ORDERED) for s in State if s is not S.BLANK]
-    + [(s, E.GREETED) for s in (S.BLANK, S.LOADING, S.READY, S.DRAINING, S.HELD)]  # one hello per process
-    + [(s, E.READIED) for s in (S.STARTING, S.BLANK, S.READY, S.HELD)]
+    + [(s, E.GREETED) for s in (S.BLANK, S.LOADING, S.READY, S.DRAINING)]  # one hello per process
+    + [(s, E.READIED) for s in (S.STARTING, S.BLANK, S.READY)]
 )
 
 

@@ -83,7 +83,7 @@ class Port:
 
     def address(self, server: Server) -> str:
         """Where we are reached: a wildcard address is reached by the loopback of its family."""
-        host = self.sockets[0].getsockname()[0] if self.sockets else server.host or "127.0.0.1"
+        host = self.sockets[0].getsockname()[0] if self.sockets else server.host.replace("localhost", "") or "127.0.0.1"
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
     def url(self, server: Server) -> str:
@@ -97,7 +97,7 @@ def bind(server: Server) -> list[socket.socket]:
     Raises PortTaken when a stranger is there (on ::1 alone, too: clients that resolve localhost to ::1 would talk to it), ConfigError for an
     address that is not ours.
     """
-    if server.host:
+    if server.host not in ("", "localhost"):
         return [listen(family(server.host), server.host, server.port)]
     if server.port:
         return both_loopbacks(server.port)

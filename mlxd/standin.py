@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 HEAD_BYTES = 64 * 1024
 HEAD_S = 5.0
@@ -46,16 +49,36 @@ class StandIn:
         self.sockets = []
 
     def accept(self, sock: socket.socket) -> None:
-        if len(self.answers) >= MOST:
-            return
         try:
             connection, _ = sock.accept()
-        except (BlockingIOError, ConnectionError, OSError):  # somebody else took it, or it is gone: the next wake-up tells
+        except (BlockingIOError, ConnectionError):  # a server took it, or it is gone
+            return
+        except OSError as error:  # no descriptor left: readable for ever, so look away for a while
+            self.pause(sock)
+            asyncio.get_running_loop().call_later(1.0, self.resume, sock)
+            log.warning("cannot accept: %s", error)
             return
         connection.setblocking(False)
         task = asyncio.ensure_future(self.answer(connection))
         self.answers.add(task)
-        task.add_done_callback(self.answers.discard)
+        task.add_done_callback(self.answered)
+        if len(self.answers) >= MOST:
+            for one in self.sockets:
+                self.pause(one)
+
+    def answered(self, task: asyncio.Task[None]) -> None:
+        self.answers.discard(task)
+        if len(self.answers) == MOST - 1:
+            for sock in self.sockets:
+                self.resume(sock)
+
+    def pause(self, sock: socket.socket) -> None:
+        """What waits stays in the backlog."""
+        asyncio.get_running_loop().remove_reader(sock.fileno())
+
+    def resume(self, sock: socket.socket) -> None:
+        if sock in self.sockets:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self.accept, sock)
 
     async def answer(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()

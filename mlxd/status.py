@@ -35,8 +35,8 @@ def overall(s: Supervisor) -> tuple[str, str | None]:
 
 
 def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
-    if server is not None and server.state in (State.HELD, State.COOLDOWN):
-        return server.state.value, server.hold or f"the server died {len(server.counted)} times; {next_try(s, server)}"
+    if server is not None and server.state in (State.HELD, State.UNKILLABLE, State.COOLDOWN):
+        return shown(server.state), server.hold or f"the server died {len(server.counted)} times; {next_try(s, server)}"
     if server is not None and server.state is State.BACKOFF:
         return "starting", f"the server died ({s.exits.cause_of('server', 0)}); {next_try(s, server)}"
     return "starting", "the server is starting"
@@ -48,13 +48,15 @@ def problems(s: Supervisor) -> Iterator[str]:
         yield f"the configuration is invalid, the old one is in force: {s.config_problem}"
     if s.server is not None:
         yield from s.server.problems
+        if s.server.state in (State.BACKOFF, State.COOLDOWN, State.HELD, State.UNKILLABLE):  # an older one still serves
+            yield f"the new server cannot start, the old one goes on: {without_server(s, s.server)[1]}"
     for model, why in s.refusals.items():
         yield f"{model} cannot be loaded: {why}"
     for engine in s.engines:
         if engine.model is None:
             continue
         cause = s.exits.cause_of("engine", engine.slot)
-        if engine.state is State.HELD:
+        if engine.state in (State.HELD, State.UNKILLABLE):
             yield f"{engine.title} is held: {engine.hold}"
         elif engine.state in (State.BACKOFF, State.COOLDOWN):
             yield f"{engine.title} died ({cause}); {next_try(s, engine)}"
@@ -117,11 +119,16 @@ def report(s: Supervisor) -> dict[str, Any]:
     }
 
 
+def shown(state: State) -> str:
+    """A state in the words that programs know."""
+    return {State.KILLING: "stopping", State.UNKILLABLE: "held"}.get(state, state.value)
+
+
 def process(one: Child, now: float) -> dict[str, Any]:
     one.measure()
     return {
         "pid": one.pid,
-        "state": "stopping" if one.state is State.KILLING else one.state.value,
+        "state": shown(one.state),
         "up_s": round(now - one.since, 1) if one.pid is not None else 0.0,
         "restarts": one.restarts,
         "memory_bytes": one.memory_bytes,

@@ -45,9 +45,12 @@ DRAIN_MARGIN_S = 3.0
 LAST_WORDS_S = 0.25
 #: After a heavy process was killed: how often its memory is looked for, and how long at that pace.
 MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
-#: A lock, a PID file that vanished unseen: looked for every so many ticks.
+#: How often, in ticks, the lock and the PID file are looked for: they may have vanished unseen.
 LOOK_TICKS = 30
 
+#: A program that is not there, or cannot be one: trying again would not help.
+UNFIT_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
+SERVING = (State.BLANK, State.LOADING, State.READY)  # of a server: its wishes count
 EXPECTING = (
     State.LOADING,
     State.DRAINING,
@@ -74,6 +77,7 @@ class Supervisor:
         self.timers: dict[Child, asyncio.TimerHandle] = {}
         self.readers: dict[Child, asyncio.Task[Any]] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.bug: BaseException | None = None
         self.poll: asyncio.Task[None] | None = None
         self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
         self.exits = Exits(where.exits)
@@ -101,11 +105,10 @@ class Supervisor:
         self.control = await control.serve(self.paths.control, self.verbs())
         self.files = self.watch_files()
         self.begin()
-        ticker, done = asyncio.create_task(self.tick_forever()), asyncio.create_task(self.done.wait())
-        await asyncio.wait([ticker, done], return_when=asyncio.FIRST_COMPLETED)
-        if ticker.done():
-            ticker.result()  # a bug of ours: end loudly; the links close, and launchd or systemd starts us again
-        ticker.cancel()
+        self.keep(self.tick_forever())
+        await self.done.wait()
+        if self.bug is not None:
+            raise self.bug  # end loudly: the links close, every child follows, and launchd or systemd starts us again
         self.end()
         return 0
 
@@ -134,23 +137,26 @@ class Supervisor:
         elif self.stopping == 2:
             log.info("stopping without draining: %s", why)
             for one in self.children():
-                one.wanted = False
-                self.handle(one, Event.HURRIED)
+                if one.pid is None:
+                    self.unwant(one)
+                else:
+                    one.wanted = False
+                    self.handle(one, Event.HURRIED)
         elif self.stopping == 3:
             log.info("killing: %s", why)
             for one in self.children():
-                while one.process is not None and one.state not in (State.KILLING, State.HELD):
+                while one.process is not None and one.state not in (State.KILLING, State.UNKILLABLE):
                     self.handle(one, Event.HURRIED)
         self.check_done()
 
     def end_engines(self) -> None:
         """Engines are needed until the last server has ended its streams."""
-        if self.stopping and not list(self.servers()):
+        if self.stopping and all(server.state is State.UNKILLABLE for server in self.servers()):
             for engine in list(self.engines):
                 self.unwant(engine)
 
     def check_done(self) -> None:
-        if self.stopping and all(one.process is None or one.hold_cause == "unkillable" for one in self.children()):
+        if self.stopping and all(one.pid is None or one.state is State.UNKILLABLE for one in self.children()):
             self.done.set()
 
     def end(self) -> None:
@@ -163,8 +169,9 @@ class Supervisor:
         for timer in self.timers.values():
             timer.cancel()
         self.remember()
-        for path in (self.paths.control, self.paths.state):
-            path.unlink(missing_ok=True)
+        self.paths.control.unlink(missing_ok=True)
+        if not any(one.pid is not None for one in self.children()):
+            self.paths.state.unlink(missing_ok=True)
         self.lock.withdraw()
         log.info("stopped")
 
@@ -186,7 +193,7 @@ class Supervisor:
         if one.state is not before or action is Action.SPAWN:
             self.moved_at = self.loop.time()
             self.set_deadline(one, self.patience(one))
-            text = f", {one.hold}" if one.state is State.HELD and one.hold else ""
+            text = f", {one.hold}" if one.state in (State.HELD, State.UNKILLABLE) else ""
             log.info("%s: %s -> %s (%s)%s", one.title, before.value, one.state.value, event.value, text)
         self.perform(one, action)
         if one.state is State.STOPPED:
@@ -249,7 +256,6 @@ class Supervisor:
             one.suspicion = "no hello"
         elif one.state is State.KILLING:
             one.hold = f"pid {one.pid} does not die; a reboot may be needed"
-            one.hold_cause = "unkillable"
         elif one.state is State.COOLDOWN:
             one.trial = True
         self.handle(one, Event.LATE)
@@ -271,24 +277,33 @@ class Supervisor:
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
+        argv = child.command(one.kind, self.config)
         inherited = [self.lease, *settings.listen_fds] if self.lease is not None else settings.listen_fds
         try:
-            end = one.spawn(child.command(one.kind, self.config), settings, inherited, self.loop.time())
+            end = one.spawn(argv, settings, inherited, self.loop.time())
         except OSError as error:
-            program = child.command(one.kind, self.config)[0]
-            if error.errno not in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-                one.hold, one.hold_cause = f"cannot start {program}: {error.strerror}", "fault"
-            self.loop.call_soon(self.ended, one, None, f"cannot start {program}: {error.strerror}")
+            problem = f"cannot start {error.filename or one.name}: {error.strerror}"
+            if error.filename == argv[0] and error.errno in UNFIT_PROGRAM:
+                one.hold, one.hold_cause = problem, "fault"
+            with contextlib.suppress(ConfigError):  # a directory of ours may have been removed; without it, too, we try again
+                paths.prepare(self.paths)
+            self.loop.call_soon(self.ended, one, None, problem)
             return
         self.readers[one] = self.keep(self.listen(one, end))
         self.remember()
 
     def keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task that is not garbage collected."""
+        """A task that is not garbage collected, and whose exception is not lost."""
         task = self.loop.create_task(work)
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self.finished)
         return task
+
+    def finished(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            self.bug = bug
+            self.done.set()
 
     def reap(self) -> None:
         """SIGCHLD: every process that has ended, ours or (as subreaper) left to us by one of ours."""
@@ -385,6 +400,7 @@ class Supervisor:
 
     def unwant(self, one: Child) -> None:
         one.wanted = False
+        one.ordered = one.process is not None
         if one.kind == "engine" and one.model is not None and one.process is None:  # else its end will say so
             self.tell_servers(EngineDown(one.slot, one.model, "stopped", "released"))
         self.handle(one, Event.UNWANTED)
@@ -426,17 +442,24 @@ class Supervisor:
                 one.bye = word
                 if word.cause == "refused" and one.kind == "engine" and one.model is not None:
                     one.refusal = word.text
-            case messages.Want() if one.kind == "server" and one.state is not State.DRAINING:
-                self.want(word)
-            case messages.Release(model) if one.kind == "server" and one.state is not State.DRAINING:
+            case messages.Want() if one.kind == "server":
+                if one.state in SERVING and not self.stopping:
+                    self.want(word)
+            case messages.Release(model) if one.kind == "server":
                 for engine in self.engines:
-                    if engine.model == model and engine.wanted:
-                        self.unwant(engine)
-                        break
+                    if engine.model == model and one.state in SERVING:
+                        engine.released = True
+                self.let_go()
             case messages.Stalled(slot):
                 log.warning("%s says engine-%d makes no progress", one.name, slot)
             case _:
                 log.warning("%s: unexpected word %s", one.title, type(word).__name__)
+
+    def let_go(self) -> None:
+        """Stop the engines that were released, unless a server that drains may have a job on them."""
+        for engine in list(self.engines):
+            if engine.released and engine.wanted and not (self.retired and engine.counters.running):
+                self.unwant(engine)
 
     def greet(self, one: Child, hello: messages.Hello) -> None:
         if one.state not in (State.STARTING, State.STOPPING, State.KILLING):
@@ -491,6 +514,7 @@ class Supervisor:
         for engine in self.engines:
             if engine.model == word.model:
                 engine.wanted = True
+                engine.released = False
                 engine.preload |= word.preload
                 if engine.state is State.READY:
                     self.tell_servers(self.engine_up(engine))
@@ -548,6 +572,7 @@ class Supervisor:
             if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
                 log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
+        self.let_go()
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
         if self.ticks % LOOK_TICKS == 0:
@@ -737,11 +762,11 @@ class Supervisor:
         if changed:
             log.info("the configuration changed: %s", ", ".join(changed))
         held = [one for one in self.children() if one.state is State.HELD and one.hold_cause == "fault"]
-        if held or self.obstacle:  # nothing is served that a change could disturb
-            self.config, self.waiting_changes = new, []
-        else:
-            self.config = msgspec.structs.replace(self.config, supervisor=new.supervisor, health=new.health)
-            self.waiting_changes = [name for name in changed if name.split(".")[0] not in ("supervisor", "health")]
+        now = ["supervisor", "health"] + (["engine"] if any(one.kind == "engine" for one in held) else [])
+        if not any(server.state is State.READY for server in self.servers()):
+            now = list(new.__struct_fields__)  # nothing is served that a change could disturb
+        self.config = msgspec.structs.replace(self.config, **{section: getattr(new, section) for section in now})
+        self.waiting_changes = [name for name in changed if name.split(".")[0] not in now]
         if changed:
             for one in held:
                 self.handle(one, Event.RENEWED)

@@ -39,21 +39,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wrong-nonce", action="store_true")
     parser.add_argument("--refuse", default="", help="an engine: this model cannot be loaded")
     parser.add_argument("--mute", action="store_true", help="a server: accepts and never answers, while it beats")
-    parser.add_argument("--lag", type=float, default=0.0, help="the loop lag that the beats tell")
+    parser.add_argument("--lag", action="store_true", help="the beats tell of a loop that hardly turns")
     parser.add_argument("--die-on-request", action="store_true")
     parser.add_argument("--fork", default="", help="leave a grandchild in our group; its pid goes to this file")
     parser.add_argument("--first", nargs=2, metavar=("N", "FILE"), help="misbehave in the first N processes only")
+    parser.add_argument("--after", nargs=2, metavar=("N", "FILE"), help="misbehave in all but the first N processes")
     parser.add_argument("--finished", type=int, default=0, help="requests that the beats tell as finished since ready")
     parser.add_argument("--want", default="", help="a server: want this model, preloaded")
     parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
     found = parser.parse_args()
-    if found.first:
-        counter = Path(found.first[1])
-        count = int(counter.read_text()) if counter.exists() else 0
-        counter.write_text(str(count + 1))
-        if count >= int(found.first[0]):
-            return parser.parse_args(["--want", found.want] if found.want else [])
-    return found
+    if not (found.first or found.after):
+        return found
+    most, file = found.first or found.after
+    counter = Path(file)
+    count = int(counter.read_text()) if counter.exists() else 0
+    counter.write_text(str(count + 1))
+    if (count < int(most)) == bool(found.first):
+        return found
+    return parser.parse_args(["--want", found.want] if found.want else [])
 
 
 class FakeChild:
@@ -81,7 +84,7 @@ class FakeChild:
             self.link.writer.write(b"what is a word?\n")
         if how.exit is not None:
             await self.leave(how.exit)
-        beats = asyncio.create_task(link.beat(self.link, self.count))
+        beats = asyncio.create_task(self.lag() if how.lag else link.beat(self.link, self.count))
         if self.kind == "server":
             await self.serve()
         await link.serve(self.link, self.handle, self.drained)
@@ -90,6 +93,11 @@ class FakeChild:
     def count(self) -> messages.Counters:
         self.counters.finished = self.how.finished if self.ready else 0
         return messages.Counters(finished=self.counters.finished, loaded=self.counters.loaded)
+
+    async def lag(self) -> None:
+        while True:
+            self.link.offer(messages.Beat(messages.Counters(loop_lag_s=9.0)))
+            await asyncio.sleep(0.2)
 
     async def leave(self, status: int) -> None:
         await self.link.writer.drain()

@@ -49,6 +49,7 @@ def test_lists_commands_and_switches_are_read_from_text() -> None:
         ({"MLX_HEALTH_MAX_TIME": "0"}, "MLX_HEALTH_MAX_TIME"),
         ({"MLX_HEALTH_MAX_TIME": "nan"}, "MLX_HEALTH_MAX_TIME"),
         ({"MLXD_SECURITY_STRICT_HOST": "maybe"}, "MLXD_SECURITY_STRICT_HOST must be true or false"),
+        ({"MLX_API_HOST": "999.1.1.1"}, "MLX_API_HOST must be an IP address"),
         ({"OLLAMA_KEEP_ALIVE": "soon"}, "OLLAMA_KEEP_ALIVE"),
     ],
 )

@@ -226,6 +226,15 @@ def test_kill_9_of_the_server_refuses_no_connection(real: Callable[..., Daemon])
     assert set(answered) <= {200, 503}
 
 
+def test_a_server_that_is_told_to_end_from_outside_is_not_at_fault(real: Callable[..., Daemon]) -> None:
+    d = real()
+    d.start()
+    for n in range(6):
+        told = d.until("ready", lambda s, n=n: s["server"]["state"] == "ready" and s["server"]["restarts"] == n)
+        os.kill(told["server"]["pid"], signal.SIGTERM)
+    d.until("ready", lambda s: s["state"] == "ready" and s["server"]["restarts"] == 6)
+
+
 def test_a_restart_under_load_fails_no_request(real: Callable[..., Daemon]) -> None:
     d = real()
     d.start()

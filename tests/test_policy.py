@@ -17,7 +17,16 @@ def test_every_pair_is_decided_or_impossible(state: State, event: Event) -> None
 
 
 def test_a_process_is_spawned_only_where_there_is_none() -> None:
-    alive = {State.STARTING, State.BLANK, State.LOADING, State.READY, State.DRAINING, State.STOPPING, State.KILLING}
+    alive = {
+        State.STARTING,
+        State.BLANK,
+        State.LOADING,
+        State.READY,
+        State.DRAINING,
+        State.STOPPING,
+        State.KILLING,
+        State.UNKILLABLE,
+    }
     for state in alive:
         for event, (_, action) in policy.TRANSITIONS[state].items():
             assert action is not Action.SPAWN or event is Event.DIED, (state, event)
@@ -32,12 +41,12 @@ def test_every_spawn_leads_to_starting_and_nothing_else_does() -> None:
                 assert state is State.STARTING, (state, event)
 
 
-def test_the_ladder_ends_in_held_never_in_a_second_process() -> None:
+def test_the_ladder_ends_in_unkillable_never_in_a_second_process() -> None:
     state, actions = State.READY, []
     for event in (Event.UNWANTED, Event.LATE, Event.LATE, Event.LATE):
         state, action = policy.step(state, event)
         actions.append(action)
-    assert (state, actions) == (State.HELD, [Action.DRAIN, Action.TERMINATE, Action.KILL, Action.NOTHING])
+    assert (state, actions) == (State.UNKILLABLE, [Action.DRAIN, Action.TERMINATE, Action.KILL, Action.NOTHING])
 
 
 def test_a_wish_during_a_stop_waits_for_the_end_and_is_then_kept() -> None:

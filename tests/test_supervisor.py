@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from conftest import Daemon, eventually, http
 
-from mlxd import paths
+from mlxd import control, paths
 
 Make = Callable[..., Daemon]
 Status = dict[str, Any]
@@ -189,6 +190,36 @@ def test_what_a_child_forked_is_swept_up_with_it(daemon: Make, home: Path) -> No
     eventually(lambda: not alive(grandchild), "the grandchild's end", d.history)
 
 
+def test_a_child_killed_by_a_signal_without_a_name_is_replaced(daemon: Make) -> None:
+    d = daemon(server="--want a:latest")
+    d.start()
+    told = d.ready()
+    number = signal.SIGRTMIN + 5 if sys.platform == "linux" else signal.SIGUSR2
+    os.kill(told["engines"][0]["pid"], number)
+    told = d.until("a new engine", lambda s: s["state"] == "ready" and s["engines"][0]["restarts"] == 1)
+    assert (told["last_exit"]["cause"], told["last_exit"]["signal"]) == ("signal", number)
+
+
+def test_without_its_log_directory_a_child_is_still_replaced(daemon: Make) -> None:
+    d = daemon()
+    d.start()
+    told = d.until("ready", lambda s: s["server"]["state"] == "ready")
+    shutil.rmtree(d.paths.logs)
+    os.kill(told["server"]["pid"], signal.SIGKILL)
+    d.until("a new server", lambda s: s["server"]["state"] == "ready" and s["server"]["pid"] != told["server"]["pid"])
+
+
+def test_a_child_that_outlives_kill_is_held_and_replaced_once_it_is_gone(daemon: Make) -> None:
+    # KILL takes some milliseconds; a patience of none makes every process one that outlives it.
+    d = daemon(server="--want a:latest", engine="--ignore-term", MLXD_SUPERVISOR_TERM_S="0.2", MLXD_SUPERVISOR_KILL_S="0")
+    d.start()
+    pid = d.ready()["engines"][0]["pid"]
+    assert d.mlxd("restart").returncode == 0
+    told = d.ready()
+    assert told["engines"][0]["pid"] != pid and not alive(pid)
+    assert "-> unkillable" in d.log()
+
+
 # --- children that hang -------------------------------------------------------------------------------------------------
 
 HASTY = {"MLXD_HEALTH_INTERVAL_S": "1", "MLXD_HEALTH_MAX_TIME_S": "1", "MLXD_HEALTH_SUSPECT_S": "2", "MLXD_HEALTH_FROZEN_S": "4"}
@@ -212,6 +243,14 @@ def test_a_server_that_is_mute_but_beats_is_saturated_not_dead(daemon: Make) -> 
     pid = d.until("ready", lambda s: s["server"]["state"] == "ready")["server"]["pid"]
     eventually(lambda: d.log().count("got no answer of ours") >= 5, "five missed polls", d.history)
     assert d.status()["server"]["pid"] == pid
+
+
+def test_a_mute_server_whose_loop_hardly_turns_is_sick_and_replaced(daemon: Make, home: Path) -> None:
+    quick = {"MLXD_HEALTH_INTERVAL_S": "0.1", "MLXD_HEALTH_MAX_TIME_S": "0.5"}
+    d = daemon(server=f"--mute --lag --first 1 {home}/count", **quick)
+    d.start()
+    d.until("a second server", lambda s: s["server"]["state"] == "ready" and s["server"]["restarts"] == 1)
+    assert d.exits()[-1]["cause"] == "unresponsive"
 
 
 def test_a_stopped_supervisor_that_goes_on_kills_nobody(daemon: Make) -> None:
@@ -307,9 +346,13 @@ def test_without_a_server_the_supervisor_answers_in_each_dialect(daemon: Make) -
         assert status == 503 and headers["retry-after"] == "2"
         assert "starting" in look(json.loads(body)) or path == "/health"
     assert http(port, b"HEAD / HTTP/1.0\r\n\r\n")[2] == b""
-    with socket.create_connection(("127.0.0.1", port)) as silent:  # says nothing, and is nobody's problem
-        assert http(port, b"GET / HTTP/1.0\r\n\r\n", host="::1")[0] == 503
-        silent.close()
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]  # more than are answered at once
+    assert d.status()["state"] == "starting"
+    for one in silent[:100]:
+        one.close()
+    assert http(port, b"GET / HTTP/1.0\r\n\r\n", host="::1")[0] == 503
+    for one in silent:
+        one.close()
 
 
 # --- files of ours ------------------------------------------------------------------------------------------------------
@@ -599,6 +642,39 @@ def test_a_restart_moves_to_another_port_or_stays_where_it_was(daemon: Make) -> 
         assert d.status()["port"] == here and d.get("/health")[0] == 200
     assert d.mlxd("restart").returncode == 0
     assert d.status()["port"] == there and d.get("/health")[0] == 200
+
+
+def test_two_restarts_in_a_row_end_at_the_newest_port(daemon: Make) -> None:
+    d = daemon()
+    del d.environ["MLX_API_PORT"]
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        here, there = first.getsockname()[1], second.getsockname()[1]
+    d.paths.config.write_text(f"[server]\nport = {here}\n")
+    d.start()
+    d.ready()
+    control.ask(d.paths.control, "restart")
+    d.paths.config.write_text(f"[server]\nport = {there}\n")
+    assert d.mlxd("restart").returncode == 0
+    assert d.status()["port"] == there and d.get("/health")[0] == 200
+
+
+def test_a_held_engine_does_not_let_a_new_port_slip_in(daemon: Make) -> None:
+    d = daemon(server="--want a:latest", engine="--exit 78")
+    d.start()
+    d.until("held", lambda s: s["engines"][0]["state"] == "held" and s["state"] == "degraded")
+    d.paths.config.write_text("[server]\nmax_queue = 7\n")
+    d.until("the note", lambda s: s["notes"] == ["server.max_queue changed: run `mlxd restart` to apply it"])
+
+
+def test_a_restart_to_a_server_that_cannot_start_keeps_the_old_one_and_says_so(daemon: Make, home: Path) -> None:
+    d = daemon(server=f"--want a:latest --exit-at-once 1 --after 1 {home}/count")
+    d.start()
+    before = d.ready()
+    ran = d.mlxd("restart", "--json")
+    told = json.loads(ran.stdout)
+    assert told["state"] == "degraded" and "the new server cannot start, the old one goes on" in told["reason"]
+    assert d.get("/health")[0] == 200
+    assert alive(before["server"]["pid"])
 
 
 def test_a_restart_ends_a_cooldown(daemon: Make, home: Path) -> None:
