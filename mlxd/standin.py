@@ -10,10 +10,16 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
+
+#: What the server's own guard allows more of; a Host that is missing is HTTP/1.0's.
+LOCAL_HOST = re.compile(
+    rb"\r\nhost:[ \t]*(localhost|127\.0\.0\.1|\[::1\])(:\d+)?[ \t]*\r\n|^(?!.*\r\nhost:)", re.IGNORECASE | re.DOTALL
+)
 
 HEAD_BYTES = 64 * 1024
 HEAD_S = 5.0
@@ -100,9 +106,11 @@ class StandIn:
     def response(self, head: bytes) -> bytes:
         """The whole HTTP answer to a request that begins with `head`, in its dialect's shape."""
         path = (head.split(b" ", 2) + [b"", b""])[1].partition(b"?")[0].decode("latin-1")
-        message = self.reason()
+        # A page that rebound its name to this address learns that somebody is here, and no more.
+        local = bool(LOCAL_HOST.search(head))
+        message = self.reason() if local else "the server is starting"
         body: dict[str, object]
-        if path.startswith("/health"):
+        if path.startswith("/health") and local:
             body = self.health()
         elif path.startswith("/v1/messages"):
             body = {"type": "error", "error": {"type": "overloaded_error", "message": message}}

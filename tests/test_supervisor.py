@@ -346,6 +346,8 @@ def test_without_a_server_the_supervisor_answers_in_each_dialect(daemon: Make) -
         assert status == 503 and headers["retry-after"] == "2"
         assert "starting" in look(json.loads(body)) or path == "/health"
     assert http(port, b"HEAD / HTTP/1.0\r\n\r\n")[2] == b""
+    rebound = http(port, b"GET /health HTTP/1.1\r\nHost: evil.example:80\r\n\r\n")
+    assert rebound[0] == 503 and json.loads(rebound[2]) == {"error": "the server is starting"}
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]  # more than are answered at once
     assert d.status()["state"] == "starting"
     for one in silent[:100]:
