@@ -190,6 +190,8 @@ def check_body(named: dict[bytes, bytes]) -> None:
     length = named.get(b"content-length")
     if length is None and b"transfer-encoding" not in named:
         return
+    if length is not None and b"transfer-encoding" in named:  # somebody before us may have believed the other one
+        raise Refused(400, "Content-Length and Transfer-Encoding exclude each other")
     if length is not None and length.isdigit() and int(length) > MAX_BODY_BYTES:
         raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     from_page = b"origin" in named or b"sec-fetch-site" in named

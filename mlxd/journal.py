@@ -138,18 +138,8 @@ class Entry:
 
 
 class Journal:
-    """The requests in hand, and how much work has been done since the server started."""
+    """How much work has been done since the server started."""
 
     def __init__(self) -> None:
-        self.entries: set[Entry] = set()
         self.finished = 0
         self.emitted = 0
-
-    def open(self, request: Request, received_ns: int) -> Entry:
-        entry = Entry(request, received_ns)
-        self.entries.add(entry)
-        return entry
-
-    def close(self, entry: Entry) -> None:
-        self.entries.discard(entry)
-        self.finished += 1

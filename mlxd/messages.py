@@ -82,7 +82,7 @@ class Beat(Struct, tag="beat", tag_field="word"):
 
 class Bye(Struct, tag="bye", tag_field="word"):
     """The last word of a child that ends by itself. Causes: "stopped", "refused" (this model can never load: `text` says why,
-    in words for the client), "error" (an MLX or Python exception)."""
+    in words for the client), "deadline" (the text of one request took too long), "error" (an MLX or Python exception)."""
 
     cause: str
     text: str = ""

@@ -198,9 +198,10 @@ def read_model(name: str, directory: Path) -> Model:
     config = read_json(directory / "config.json")
     files = sorted(path for path in directory.iterdir() if path.is_file())
     names = {path.name for path in files}
-    for settings in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if settings in names:
-            refuse_code(settings, read_json(directory / settings))
+    settings = {name: read_json(directory / name) for name in ("tokenizer_config.json", "generation_config.json") if name in names}
+    refuse_code("config.json", config)
+    for file, found in settings.items():
+        refuse_code(file, found)
     tensors = read_weights(directory, names)
     check_tokenizer(names)
     stats = [path.stat() for path in files]
@@ -218,7 +219,7 @@ def read_model(name: str, directory: Path) -> Model:
         quantization=quantization(tensors, quantized_bits(config)),
         context_length=whole(text.get("max_position_embeddings")),
         embedding_length=whole(text.get("hidden_size")),
-        thinks=thinks(directory),
+        thinks=thinks(directory, settings.get("tokenizer_config.json", {})),
     )
 
 
@@ -267,12 +268,14 @@ def quantization(tensors: Mapping[str, tuple[str, list[int]]], bits: int) -> str
     return max(held, key=held.__getitem__, default="unknown")
 
 
-def thinks(directory: Path) -> bool:
-    """Its vocabulary has the tags that mlx-lm takes for thinking."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        path = directory / name
-        if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES:
-            text = path.read_bytes()
-            if b'"<think>"' in text and b'"</think>"' in text:
-                return True
-    return False
+def thinks(directory: Path, tokenizer_config: dict[str, Any]) -> bool:
+    """Its vocabulary has the tags that mlx-lm takes for thinking. tokenizer.json, of many MB, is read only when the settings list no
+    added tokens."""
+    added = tokenizer_config.get("added_tokens_decoder")
+    if isinstance(added, dict) and added:
+        return {"<think>", "</think>"} <= {str(token.get("content")) for token in added.values() if isinstance(token, dict)}
+    path = directory / "tokenizer.json"
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        return False
+    text = path.read_bytes()
+    return b'"<think>"' in text and b'"</think>"' in text

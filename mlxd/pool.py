@@ -30,8 +30,9 @@ RECONNECT_S = 0.25
 MOST_UNREAD = 8192
 #: A model needs room for its weights and a fifth of that again before it is loaded beside others.
 ROOM = 1.2
-#: Ends of an engine that are nobody's fault: somebody outside, or mlxd itself, ended it; "": only the connection broke.
-FAULTLESS = ("killed", "terminated", "stopped", "")
+#: Ends of an engine that are not the fault of those who lose it: somebody outside, or mlxd itself, ended it; "deadline": the guilty
+#: request was answered; "": only the connection broke.
+FAULTLESS = ("killed", "terminated", "stopped", "deadline", "")
 
 State = Literal["absent", "loading", "ready", "retried", "releasing"]
 
@@ -103,8 +104,15 @@ class Connection:
         return cls(reader, writer, first)
 
     def submit(self, entry: Entry) -> Job:
+        """Raises Refused when an engine cannot be told of it."""
         job = Job(next(self.numbers))
-        self.writer.write(messages.frame(entry.submit(job.number)))
+        try:
+            frame = messages.frame(entry.submit(job.number))
+        except OverflowError:  # msgpack's integers have 64 bits, JSON's any number
+            raise Refused(400, "a number in the request is too large: integers have at most 64 bits", hopeless=True) from None
+        except ValueError as error:
+            raise Refused(400, f"the request is too large: {error}", hopeless=True) from None
+        self.writer.write(frame)
         self.jobs[job.number] = job
         return job
 

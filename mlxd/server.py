@@ -121,9 +121,9 @@ class App:
         exchange.headers += guard.judge(scope, service.policy)
         if guard.is_preflight(scope):
             exchange.headers += guard.PREFLIGHT
-            await exchange.reply(204, b"")
+            await exchange.reply_empty()
             return
-        if service.connections() > MOST_CONNECTIONS:
+        if service.connections() > MOST_CONNECTIONS and not scope["path"].startswith("/health"):
             exchange.headers.append((b"connection", b"close"))
             raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
         scope["exchange"] = exchange
@@ -140,6 +140,7 @@ NO_ROUTE = {404: "there is nothing at this path", 405: "{method} is not a method
 
 async def refuse(exchange: Exchange, refused: Refused) -> None:
     """Say no in the dialect of the path."""
+    await asyncio.sleep(0)  # uvicorn itself answers a broken body: from the next turn of the loop on it drops what we send
     if refused.retry_s is not None:
         exchange.headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_s))).encode()))
     if refused.hopeless:

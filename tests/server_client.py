@@ -128,6 +128,7 @@ class Supervised:
         self.engines: list[Engine] = []
         self.held: list[str] = []
         self.ending = False
+        self.usual_cause = "error"
         self.lock = threading.RLock()
         self.listeners = [listener(socket.AF_INET, 0)]
         self.port = self.listeners[0].getsockname()[1]
@@ -239,7 +240,7 @@ class Supervised:
         status = engine.process.wait()
         if self.ending:
             return
-        cause = "killed" if status == -signal.SIGKILL else "stopped" if engine.released else "error"
+        cause = "killed" if status == -signal.SIGKILL else "stopped" if engine.released else self.usual_cause
         self.say(EngineDown(engine.number, engine.model, cause, "released" if engine.released else "replaced"))
         if not engine.released:
             self.bring_up(engine.model)

@@ -194,6 +194,7 @@ def test_what_clients_send_for_off_is_off(client: httpx.Client) -> None:
 def test_null_is_absent_and_unknown_fields_are_ignored_at_every_depth(client: httpx.Client) -> None:
     nulls = dict.fromkeys(("options", "tools", "format", "keep_alive", "think", "logprobs", "truncate"))
     assert echoed(client, **nulls, new={"deep": [1]})["sampling"]["top_k"] == 40
+    assert echoed(client, tools=[], format="")["sampling"]["top_k"] == 40
     assert echoed(client, options={"new": 1})["sampling"]["top_k"] == 40
     call = {"model": "tiny", "stream": False, "messages": [{"role": "USER", "content": "n=1", "images": None, "new": 1}]}
     assert client.post("/api/chat", json=call).status_code == 200
@@ -237,6 +238,12 @@ def test_think_false_is_always_welcome(client: httpx.Client) -> None:
 
 # --- bad input ---------------------------------------------------------------------------------------------------------------------
 
+
+def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
+    calls = [{"function": {"name": "f", "arguments": one}} for one in arguments]
+    return {"messages": [{"role": "assistant", "tool_calls": calls}]}
+
+
 REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": None}, 400, "model is required"),
     ({"model": ""}, 400, "model is required"),
@@ -251,6 +258,10 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": [1]}]}, 400, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400, "tiny does not support images"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]}, 400, "arguments"),
+    ({"messages": [{"role": "user", "content": "x", "images": "aGk="}]}, 400, "messages[0].images: expected array"),
+    (calling({"n": 10**30}), 400, "a number in the request is too large"),
+    (calling({"n": "x" * 2**20}), 400, "messages[0].tool_calls[0].function.arguments: more than 1048576 bytes"),
+    (calling({"n": "x" * 2**19}, {"n": "x" * 2**19}), 400, "messages[0].tool_calls[1].function.arguments: more than 1048576 bytes"),
     ({"messages": [{"role": "user", "content": "x"}] * 4097}, 400, "messages: expected array of length <= 4096"),
     ({"options": {"temperature": "hot"}}, 400, 'option "temperature" must be of type float32'),
     ({"options": {"seed": "1"}}, 400, 'option "seed" must be of type int'),
@@ -270,6 +281,9 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"format": "xml"}, 400, "format"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tiny does not support tools"),
     ({"tools": ["f"]}, 400, "tools[0]: expected object"),
+    ({"tools": {}}, 400, "tools: expected array"),
+    ({"tools": {}, "messages": []}, 400, "tools: expected array"),
+    ({"tools": [{"n": "x" * 2**20}]}, 400, "tools: more than 1048576 bytes"),
     ({"think": True}, 400, '"tiny" does not support thinking'),
     ({"think": "low"}, 400, '"tiny" does not support thinking'),
     ({"think": "very"}, 400, "think"),

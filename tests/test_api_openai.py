@@ -172,6 +172,10 @@ def test_a_conversation_reaches_the_template(client: httpx.Client) -> None:
     assert got[3] == {"role": "user", "content": "echo"}
 
 
+def calling(arguments: str) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+
+
 REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"model": None}, 400, "model is required", None),
     ({"model": "nope"}, 404, "model 'nope' not found", None),
@@ -182,16 +186,16 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"messages": [{"role": "user", "content": 5}]}, 400, "expected", "messages[0].content"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "'wizard'", "messages[0].role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text only", "messages[0].content"),
-    (
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-        400,
-        "is not a JSON object",
-        "messages[0].tool_calls[0].function.arguments",
-    ),
+    (calling("{"), 400, "is not a JSON object", "messages[0].tool_calls[0].function.arguments"),
+    (calling("[]"), 400, "expected object", "messages[0].tool_calls[0].function.arguments"),
+    (calling('{"n":' + "9" * 30 + "}"), 400, "a number in the request is too large", None),
+    (calling('{"n":"%s"}' % ("x" * 2**20)), 400, "more than 1048576 bytes", "messages[0].tool_calls[0].function.arguments"),
     ({"temperature": 2.5}, 400, "expected number <= 2", "temperature"),
     ({"temperature": "1"}, 400, "expected number", "temperature"),
     ({"top_p": -0.1}, 400, "expected number >= 0", "top_p"),
     ({"max_tokens": -1}, 400, "expected", "max_tokens"),
+    ({"max_tokens": 0}, 400, "expected int >= 1", "max_tokens"),
+    ({"max_completion_tokens": 0}, 400, "expected int >= 1", "max_completion_tokens"),
     ({"max_tokens": 1.5}, 400, "expected an integer, got 1.5", "max_tokens"),
     ({"max_completion_tokens": "5"}, 400, "expected number", "max_completion_tokens"),
     ({"seed": True}, 400, "expected number", "seed"),
@@ -199,6 +203,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"presence_penalty": 1}, 400, "not supported", "presence_penalty"),
     ({"frequency_penalty": 3}, 400, "expected number <= 2", "frequency_penalty"),
     ({"tools": [{"type": "function"}]}, 400, "tiny does not support tools", "tools"),
+    ({"tools": [1], "tool_choice": "none"}, 400, "expected object", "tools[0]"),
     ({"response_format": {"type": "json_object"}}, 400, "structured output", "response_format"),
     ({"logprobs": True}, 400, "not supported", "logprobs"),
     ({"top_logprobs": 21}, 400, "expected", "top_logprobs"),

@@ -16,6 +16,7 @@ from known_answers import KNOWN, LONG, THINKING, UNICODE
 
 import mlxd
 from mlxd import config, messages
+from mlxd.engine.text import bytes_left, truncated
 from mlxd.engine.view import make_view
 from mlxd.messages import Bye, Hello, Load, Loaded, Progress, Sampling, Stop, Token
 from mlxd.modelfiles import Broken
@@ -228,6 +229,34 @@ def test_truncation_drops_the_oldest_and_keeps_system_and_the_last(wire: Wire) -
     hopeless = wire.ask(messages=user("word " * 500), num_ctx=256, truncate=True)
     assert hopeless.failed is not None
     assert "exceeds the model's maximum context length (256 tokens)" in hopeless.failed.message
+
+
+@pytest.mark.parametrize("sizes", [[10] * 3000, [1] * 900 + [500] * 9, [5000] + [3] * 500, [1, 900, 1, 900, 1], [2000], [3, 2000]])
+def test_truncation_takes_few_renderings_and_drops_little(sizes: list[int]) -> None:
+    """The template puts 5 tokens around each message, and a token is 1 to 4 bytes, less in older messages."""
+    context, rendered = 1000, 0
+    messages = [{"role": "user", "content": "x" * (size if i % 3 else 4 * size)} for i, size in enumerate(sizes)] + user("last")
+
+    def render(dropped: int) -> list[int]:
+        nonlocal rendered
+        rendered += 1
+        return [0] * (5 * (len(sizes) - dropped + 1) + sum(sizes[dropped:]))
+
+    ids = truncated(render, bytes_left(messages), context)
+    assert rendered <= 5
+    best = next(length for dropped in range(len(sizes) + 1) if (length := len(render(dropped))) < context)
+    assert 0.8 * best <= len(ids) <= best
+
+
+def test_a_long_chat_is_truncated_within_the_deadline(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "m", config={"max_position_embeddings": 131072})
+    history = [
+        {"role": ("user", "assistant")[i % 2], "content": f"{i} the engine of mlxd is asked again. " * 100} for i in range(240)
+    ]
+    with EngineProcess(tmp_path / "e") as process, process.load(model).connect() as wire:
+        cut = wire.ask(messages=history + user("hi"), truncate=True, max_tokens=0)
+        assert cut.failed is None
+        assert 120_000 < len(cut.prompt_ids) < 131072
 
 
 def test_a_trailing_assistant_message_is_gone_on_with(wire: Wire) -> None:
@@ -661,5 +690,5 @@ def test_a_template_that_never_ends_fails_its_request_and_the_engine(tmp_path: P
         assert result.failed is not None
         assert "took over 0.5 s" in result.failed.message
         bye = process.word(Bye)
-        assert (bye.cause, bye.text) == ("error", result.failed.message)
+        assert (bye.cause, bye.text) == ("deadline", result.failed.message)
         assert process.wait() == 70

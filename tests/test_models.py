@@ -168,6 +168,17 @@ def test_details_come_from_the_files(tmp_path: Path, catalogue: Catalogue) -> No
     assert model.size_bytes == (directory / "model.safetensors").stat().st_size
 
 
+def test_whether_it_thinks_is_read_from_the_settings_if_they_say(tmp_path: Path, catalogue: Catalogue) -> None:
+    for number, (added, thinks) in enumerate([({}, True), ({"1": {"content": "<a>"}}, False), (None, True)]):
+        directory = make_model(tmp_path / "models" / f"t{number}", thinks=True)
+        (directory / "tokenizer_config.json").write_text(json.dumps({} if added is None else {"added_tokens_decoder": added}))
+        assert catalogue.find(f"t{number}").thinks is thinks
+    tags = {"1": {"content": "<think>"}, "2": {"content": "</think>"}}
+    directory = make_model(tmp_path / "models" / "t")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tags}))
+    assert catalogue.find("t").thinks
+
+
 def test_the_chat_template_is_found_wherever_it_stands(tmp_path: Path) -> None:
     assert chat_template(tmp_path) == ""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "plain"}))

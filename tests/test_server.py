@@ -360,6 +360,15 @@ def test_a_request_that_kills_every_engine_is_given_up_and_its_neighbour_is_not(
         assert content(neighbour.result()) == words(40)
 
 
+def test_an_engine_that_overran_its_deadline_for_another_request_is_not_held_against_this_one(home: Path) -> None:
+    with supervised(home) as server:
+        server.usual_cause = "deadline"
+        call = asking(server, "poison")
+        until("many deaths", lambda: len(server.engines) > 4, server.told)
+        server.usual_cause = "error"
+        assert "died 3 times in a row" in call.result().json()["error"]
+
+
 # --- the queue ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -631,6 +640,7 @@ def test_a_crowd_is_told_in_json(home: Path) -> None:
             status, head, body = server.raw(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (status, body) == (503, b'{"error":"too many connections"}')
             assert b"retry-after: 1" in head.lower()
+            assert server.raw(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
             for sock in crowd:
                 sock.close()
             until("room", lambda: server.raw(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200, server.told)

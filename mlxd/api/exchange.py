@@ -108,14 +108,19 @@ class Exchange:
         await self.start(status)
         await self.write(body, last=True)
 
+    async def reply_empty(self) -> None:
+        """204, which has neither type nor length."""
+        await self.start(204)
+        await self.write(b"", last=True)
+
     async def stream(self, content_type: bytes) -> None:
         """Begin an answer of unknown length."""
         self.headers += [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self.start(200)
 
     async def start(self, status: int) -> None:
-        self.started = True
         await self.send({"type": "http.response.start", "status": status, "headers": self.headers})
+        self.started = True
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """One network write. Waits while the client is behind with reading."""

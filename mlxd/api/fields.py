@@ -12,13 +12,15 @@ from mlxd.errors import Refused
 
 T = TypeVar("T")
 
-#: Of free JSON (arguments, schemas).
+#: Of free JSON (arguments, tools): it comes undecoded, since 32 MiB of brackets are seconds of work for the event loop.
 MOST_DEPTH = 64
+MOST_FREE_BYTES = 1024 * 1024
+NULL = msgspec.Raw(b"null")
 #: JSON knows no integers: strict msgspec refuses 4.0 for an int and lax takes "5", so integers are both, and `whole` looks.
 #: Ends of the range: what fits a double exactly.
 MOST = 2**53
 Integer = Annotated[int, Meta(ge=-MOST, le=MOST)] | Annotated[float, Meta(ge=-MOST, le=MOST)]
-Natural = Annotated[int, Meta(ge=0, le=MOST)] | Annotated[float, Meta(ge=0, le=MOST)]
+Positive = Annotated[int, Meta(ge=1, le=MOST)] | Annotated[float, Meta(ge=1, le=MOST)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -71,6 +73,45 @@ def whole(path: str, value: float | None) -> int | None:
 def strings(value: list[str] | str | None) -> list[str]:
     """Stop strings: one or many; empty ones mean nothing."""
     return [text for text in ([value] if isinstance(value, str) else value or []) if text]
+
+
+class Budget:
+    """How many bytes of free JSON one request may still bring."""
+
+    def __init__(self) -> None:
+        self.left = MOST_FREE_BYTES
+
+    def decode(self, path: str, decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw) -> T:
+        """Raises Malformed when it is too much, too deep or not what `decoder` reads."""
+        self.left -= memoryview(raw).nbytes
+        if self.left < 0:
+            raise Malformed(path, f"more than {MOST_FREE_BYTES} bytes of free JSON in one request")
+        try:
+            value = decode(decoder, bytes(raw))
+        except Malformed as wrong:
+            raise Malformed(path + wrong.path, wrong.sentence) from None
+        except Refused:
+            raise Malformed(path, "is not a JSON object") from None
+        shallow(path, value)
+        return value
+
+
+def has_items(path: str, raw: msgspec.Raw) -> bool:
+    """Whether it is a list of anything. Raises Malformed when it is neither a list nor null."""
+    text = bytes(raw)
+    if text == b"null":
+        return False
+    if not text.startswith(b"["):
+        raise Malformed(path, "expected array")
+    return bool(text[1:-1].strip())
+
+
+_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]] | None)
+
+
+def has_objects(path: str, raw: msgspec.Raw) -> bool:
+    """Whether it is a list of objects, and not empty. Raises Malformed."""
+    return bool(Budget().decode(path, _objects, raw))
 
 
 def shallow(path: str, value: object) -> None:

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import Fraction, Integer, Malformed, StopStrings, Temperature, whole
+from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, StopStrings, Temperature, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Request, Summary
@@ -64,7 +64,7 @@ NEUTRAL = {
 
 class FunctionCall(Struct):
     name: str
-    arguments: dict[str, Any] | None = None
+    arguments: msgspec.Raw = NULL
 
 
 class ToolCall(Struct):
@@ -75,9 +75,9 @@ class ToolCall(Struct):
 class Message(Struct):
     role: str
     content: str | None = None
-    images: list[Any] | None = None
+    images: msgspec.Raw = NULL
     thinking: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     tool_name: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
@@ -88,7 +88,7 @@ class Common(Struct):
 
     model: str | None = None
     stream: bool | None = None
-    format: Any = None
+    format: msgspec.Raw = NULL
     keep_alive: float | str | None = None
     options: Options | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
@@ -99,7 +99,7 @@ class Common(Struct):
 
 class Chat(Common):
     messages: Annotated[list[Message], Meta(max_length=4096)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: msgspec.Raw = NULL
 
 
 class Generate(Common):
@@ -109,7 +109,7 @@ class Generate(Common):
     template: str | None = None
     context: list[int] | None = None
     raw: bool | None = None
-    images: list[Any] | None = None
+    images: msgspec.Raw = NULL
 
 
 class Named(Struct):
@@ -120,6 +120,7 @@ class Named(Struct):
 chats = msgspec.json.Decoder(Chat)
 generates = msgspec.json.Decoder(Generate)
 nameds = msgspec.json.Decoder(Named)
+arguments = msgspec.json.Decoder(dict[str, Any] | None)
 
 
 def parse(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
@@ -174,14 +175,17 @@ def think(asked: bool | str | None, model: Model, name: str) -> bool | None:
 
 def refuse_unsupported(call: Chat | Generate, name: str) -> None:
     """What this version cannot do is refused: leaving it out silently would make the model invent. Raises Refused."""
-    if call.format not in (None, ""):
+    if bytes(call.format) not in (b"null", b'""'):
         raise Refused(400, "format: structured output is not supported by this version of mlxd")
     if call.logprobs:
         raise Refused(400, "logprobs: not supported by this version of mlxd")
     messages = call.messages or [] if isinstance(call, Chat) else []
-    if any(message.images for message in messages) or (isinstance(call, Generate) and call.images):
+    images = [(f"messages[{index}].images", message.images) for index, message in enumerate(messages)]
+    if isinstance(call, Generate):
+        images = [("images", call.images)]
+    if any(fields.has_items(path, raw) for path, raw in images):
         raise Refused(400, f"{name} does not support images")
-    if isinstance(call, Chat) and call.tools:
+    if isinstance(call, Chat) and fields.has_objects("tools", call.tools):
         raise Refused(400, f"{name} does not support tools")
     if isinstance(call, Generate) and call.suffix:
         raise Refused(400, f"{name} does not support insert")
@@ -191,6 +195,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     """As chat templates know them. A tool's result without a name belongs to the last call. Raises Refused."""
     result: list[dict[str, Any]] = []
     called = ""
+    budget = Budget()
     for index, message in enumerate(messages):
         role = message.role.lower()
         if role not in ("system", "user", "assistant", "tool"):
@@ -199,7 +204,9 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
         if message.thinking:
             item["reasoning_content"] = message.thinking
         if message.tool_calls:
-            item["tool_calls"] = [tool_call(index, call) for call in message.tool_calls]
+            item["tool_calls"] = [
+                tool_call(call, f"messages[{index}].tool_calls[{n}]", budget) for n, call in enumerate(message.tool_calls)
+            ]
             called = message.tool_calls[-1].function.name
         if role == "tool":
             item["name"] = message.tool_name or message.name or called
@@ -209,10 +216,10 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     return result
 
 
-def tool_call(index: int, call: ToolCall) -> dict[str, Any]:
-    arguments = call.function.arguments or {}
-    fields.shallow(f"messages[{index}].tool_calls", arguments)
-    item: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+def tool_call(call: ToolCall, path: str, budget: Budget) -> dict[str, Any]:
+    """Raises Malformed."""
+    value = budget.decode(f"{path}.function.arguments", arguments, call.function.arguments) or {}
+    item: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": value}}
     return item | {"id": call.id} if call.id else item
 
 
@@ -360,6 +367,8 @@ async def generate(service: Service, exchange: Exchange) -> None:
 
 async def load(service: Service, exchange: Exchange, call: Common, model: Model, lines: Lines) -> None:
     """Nothing to say: load the model, or unload it with keep_alive 0. One JSON object even when streaming."""
+    for name in ("tools", "images"):
+        fields.has_items(name, getattr(call, name, NULL))
     seconds = keep_alive_s(call.keep_alive)
     load_ns = await service.load(exchange, model, seconds)
     if not exchange.left:

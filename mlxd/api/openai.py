@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import Fraction, Integer, Malformed, Natural, Penalty, StopStrings, whole
+from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, Penalty, Positive, StopStrings, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Request, Summary
@@ -46,7 +46,7 @@ class Message(Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     reasoning: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -70,8 +70,8 @@ class Chat(Struct):
     messages: Annotated[list[Message], Meta(max_length=4096)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Natural | None = None
-    max_completion_tokens: Natural | None = None
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Fraction | None = None
     top_k: Integer | None = None
@@ -80,8 +80,8 @@ class Chat(Struct):
     stop: StopStrings | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: msgspec.Raw = NULL
+    tool_choice: msgspec.Raw = NULL
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
@@ -113,7 +113,7 @@ def refuse_unsupported(call: Chat) -> None:
         raise Malformed("logprobs", "not supported by this version of mlxd")
     if call.response_format and call.response_format.type != "text":
         raise Malformed("response_format", "structured output is not supported by this version of mlxd")
-    if call.tools and call.tool_choice != "none":
+    if fields.has_objects("tools", call.tools) and bytes(call.tool_choice) != b'"none"':
         raise Malformed("tools", f"{call.model} does not support tools")
 
 
@@ -121,6 +121,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     """As chat templates know them: arguments are objects, a tool's result bears its name. Raises Malformed."""
     result: list[dict[str, Any]] = []
     names: dict[str, str] = {}
+    budget = Budget()
     for index, message in enumerate(messages):
         item: dict[str, Any] = {
             "role": {"developer": "system", "function": "tool"}.get(message.role, message.role),
@@ -130,7 +131,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
             item["reasoning_content"] = message.reasoning
         if message.tool_calls:
             item["tool_calls"] = [
-                tool_call(call, f"messages[{index}].tool_calls[{n}]") for n, call in enumerate(message.tool_calls)
+                tool_call(call, f"messages[{index}].tool_calls[{n}]", budget) for n, call in enumerate(message.tool_calls)
             ]
             names |= {call.id: call.function.name for call in message.tool_calls if call.id}
         if item["role"] == "tool":
@@ -153,12 +154,9 @@ def text_of(content: str | list[Part] | None, path: str) -> str:
 arguments = msgspec.json.Decoder(dict[str, Any])
 
 
-def tool_call(call: ToolCall, path: str) -> dict[str, Any]:
-    try:
-        value = fields.decode(arguments, (call.function.arguments or "{}").encode())
-    except Refused:
-        raise Malformed(f"{path}.function.arguments", "is not a JSON object") from None
-    fields.shallow(path, value)
+def tool_call(call: ToolCall, path: str, budget: Budget) -> dict[str, Any]:
+    """Raises Malformed."""
+    value = budget.decode(f"{path}.function.arguments", arguments, (call.function.arguments or "{}").encode())
     item: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": value}}
     return item | {"id": call.id} if call.id else item
 
@@ -180,7 +178,7 @@ def request(call: Chat, model: Model, service: Service) -> Request:
         ),
         messages=conversation(call.messages or []),
         think=think(call, model),
-        max_tokens=most or None,
+        max_tokens=most,
         num_ctx=service.config.models.context_length or None,
         stop=fields.strings(call.stop),
     )

@@ -116,7 +116,7 @@ class Service:
         """Serve a request to its end, or until its client leaves. Raises Refused before the first byte."""
         self.check_supervised()
         request.priority = priority(exchange)
-        entry = self.journal.open(request, exchange.received_ns)
+        entry = Entry(request, exchange.received_ns)
         try:
             await exchange.while_connected(self.run(exchange, entry, view, stream))
         except Exception as error:
@@ -124,7 +124,7 @@ class Service:
                 raise
             await exchange.write(view.error(refusal(error)), last=True)
         finally:
-            self.journal.close(entry)
+            self.journal.finished += 1
 
     async def run(self, exchange: Exchange, entry: Entry, view: View, stream: bool) -> None:
         """Admission, engines, bytes. Raises Refused."""

@@ -86,7 +86,8 @@ class Engine:
         self.task = loop.create_task(self.end("error", f"{context.get('exception') or context['message']!r}", EX_SOFTWARE))
 
     def overdue(self, text: str) -> None:
-        self.task = self.loop.create_task(self.end("error", text, EX_SOFTWARE))
+        """The request has got its answer; the text thread is lost."""
+        self.task = self.loop.create_task(self.end("deadline", text, EX_SOFTWARE))
 
     # --- beats and the end ---------------------------------------------------------------------------------------------
 

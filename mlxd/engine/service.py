@@ -18,7 +18,7 @@ from mlxd import messages
 from mlxd.engine.answer import Answer, Piece
 from mlxd.engine.batch import Batch, Opened, Row, Tick
 from mlxd.engine.sampling import Draw
-from mlxd.engine.text import Prompt, Prompter
+from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
 from mlxd.messages import Accepted, Cancel, Done, Event, Failed, Loaded, Progress, Step, Submit, Token
 
@@ -26,16 +26,21 @@ log = logging.getLogger(__name__)
 
 #: A connection whose reader is this far behind is dropped: it would take the memory that the model needs.
 MAX_UNREAD_BYTES = 64 * 1024 * 1024
+#: 1 MB takes a second to tokenise, and truncation may do it four times; what is too long to be tokenised is only rendered.
+TEXT_S_PER_BYTE = 4e-6
+RENDER_S_PER_BYTE = 2e-7
 
 
 class Connection:
-    """One server. `jobs` by the server's own numbers; `events` is what the present step has brought it."""
+    """One server. `jobs` by the server's own numbers; `events` is what the present step has brought it; `read_bytes`: the size of the
+    last message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.reader = reader
         self.writer = writer
         self.jobs: dict[int, Job] = {}
         self.events: list[Event] = []
+        self.read_bytes = 0
 
     async def read(self) -> messages.ToEngine | None:
         """The next message; None at the end. Raises ValueError on a frame that is none."""
@@ -43,6 +48,7 @@ class Connection:
             (length,) = messages.LENGTH.unpack(await self.reader.readexactly(messages.LENGTH.size))
             if length > messages.MAX_FRAME_BYTES:
                 raise ValueError(f"a frame of {length} bytes")
+            self.read_bytes = length
             message: messages.ToEngine = messages.to_engine.decode(await self.reader.readexactly(length))
             return message
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -72,6 +78,7 @@ class Job:
     def __init__(self, connection: Connection, submit: Submit):
         self.connection = connection
         self.submit = submit
+        self.size_bytes = connection.read_bytes
         self.ended = False
         self.cached = 0
         self.tokens = len(submit.emitted)
@@ -90,7 +97,8 @@ class Job:
 
 
 class Service:
-    """`overdue` is called once, when the text of one request took longer than `text_s`: the text thread cannot be had back."""
+    """`overdue` is called once, when the text of one request took longer than `text_s` and what its size allows: the text thread cannot
+    be had back."""
 
     def __init__(self, batch: Batch, opened: Opened, loaded: Loaded, text_s: float, overdue: Callable[[str], None]):
         self.batch = batch
@@ -159,9 +167,9 @@ class Service:
                 continue
             try:
                 work = loop.run_in_executor(self.text_thread, self.prepare, job)
-                await asyncio.wait_for(asyncio.shield(work), self.text_s)
+                await asyncio.wait_for(asyncio.shield(work), self.limit_s(job))
             except TimeoutError:
-                message = f"the chat template and tokeniser took over {self.text_s:g} s for this request"
+                message = f"the chat template and tokeniser took over {self.limit_s(job):.1f} s for this request"
                 self.fail(job, 400, message)
                 self.overdue(message)
                 return
@@ -173,6 +181,11 @@ class Service:
             else:
                 self.admit(job)
             self.flush()
+
+    def limit_s(self, job: Job) -> float:
+        """How long the text of a job may take: no more of it is tokenised than could fit the context."""
+        tokenised = min(job.size_bytes, BYTES_PER_TOKEN * self.loaded.context_length)
+        return self.text_s + TEXT_S_PER_BYTE * tokenised + RENDER_S_PER_BYTE * job.size_bytes
 
     def prepare(self, job: Job) -> None:
         """In the text thread. Raises Refused."""

@@ -7,8 +7,10 @@ ever, so whoever calls sets the deadline. Knows nothing of MLX.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from mlxd.errors import Refused
@@ -18,6 +20,12 @@ Message = dict[str, Any]
 
 #: Text longer than this many bytes for each token of the context cannot fit, and 1 MB takes a second to tokenise.
 BYTES_PER_TOKEN = 32
+#: What is supposed of a text that was not tokenised, and of what a template puts around a message.
+USUAL_BYTES_PER_TOKEN = 4
+FRAME_BYTES = 20
+#: After so many renderings that did not fit, truncation aims at this share of the context.
+SHARES = (1.0, 1.0, 0.97, 0.8, 0.5)
+MOST_RENDERINGS = 4
 ROLES = {"system", "user", "assistant", "tool"}
 
 
@@ -68,14 +76,14 @@ class Prompter:
         def render(dropped: int) -> list[int] | None:
             """The tokens without the `dropped` oldest that may be dropped; None: far too long to count."""
             text = self.render(drop_oldest(messages, dropped), submit)
-            if submit.truncate and len(text) > context * BYTES_PER_TOKEN:
+            if submit.truncate and len(text.encode()) > context * BYTES_PER_TOKEN:
                 return None
             self.check_bytes(text, context)
             return self.encode(text, special=False)
 
         if not submit.truncate:
             return render(0) or []
-        return shortest_drop(render, len(droppable(messages)), context)
+        return truncated(render, bytes_left(messages), context)
 
     def check_bytes(self, text: str, context: int) -> None:
         if len(text.encode()) > context * BYTES_PER_TOKEN:
@@ -216,23 +224,38 @@ def drop_oldest(messages: list[Message], count: int) -> list[Message]:
     return [m for i, m in enumerate(messages) if i not in gone]
 
 
-def shortest_drop(render: Callable[[int], list[int] | None], most: int, context: int) -> list[int]:
-    """The tokens with as few messages dropped as fit `context` with room for an answer. Raises Refused.
+def bytes_left(messages: list[Message]) -> list[int]:
+    """About how long the rendering is without the 0, 1, ... oldest messages that may be dropped."""
+    sizes = [FRAME_BYTES + len(said(m).encode()) for m in messages]
+    drops = [sizes[i] for i in droppable(messages)]
+    return [sum(sizes) - gone for gone in accumulate(drops, initial=0)]
 
-    Fewer messages give fewer tokens, so the search halves: a long history costs few renderings.
+
+def truncated(render: Callable[[int], list[int] | None], left: list[int], context: int) -> list[int]:
+    """The tokens with about as few messages dropped as fit `context` with room for an answer. Raises Refused.
+
+    `left`: see `bytes_left`. Each rendering tells how many tokens a byte makes, and so what to drop: a long history costs few of them.
     """
-    fits = render(0)
-    if fits is not None and len(fits) < context:
-        return fits
-    low, high = 0, most  # low does not fit
-    fits = render(high)
-    if fits is None or len(fits) >= context:
-        raise too_long(len(fits or []) or context, context)
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = render(middle)
-        if found is not None and len(found) < context:
-            high, fits = middle, found
+    low, high = -1, len(left)  # low does not fit, high does or is more than there are
+    fits: list[int] | None = None
+    rate = 1 / USUAL_BYTES_PER_TOKEN
+    dropped = misses = 0
+    for _ in range(MOST_RENDERINGS):
+        ids = render(dropped)
+        if ids is not None and len(ids) < context:
+            high, fits = dropped, ids
         else:
-            low = middle
+            low = dropped
+            misses += 1
+        if high - low == 1:
+            break
+        if ids is not None:
+            rate = len(ids) / left[dropped]
+        enough = bisect_left(left, -context * SHARES[misses] / rate, key=lambda size: -size)
+        dropped = min(max(enough, low + 1), high - 1)
+    if fits is None and low < len(left) - 1:
+        ids = render(len(left) - 1)
+        fits = ids if ids is not None and len(ids) < context else None
+    if fits is None:
+        raise too_long(len(ids or []) or context, context)
     return fits
