@@ -26,7 +26,7 @@ from mlxd.config import Config
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
 from mlxd.messages import Bye, Counters, ExitRecord
-from mlxd.paths import Paths, read_small
+from mlxd.paths import Paths, open_log, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
 #: Last words of a child that an exit record keeps (Ollama keeps as much).
@@ -86,7 +86,6 @@ class Child:
     at_ready: Counters = field(default_factory=Counters)
     counters: Counters = field(default_factory=Counters)
     beat_at: float = 0.0
-    moved_at: float = 0.0
     suspect: bool = False
     memory_bytes: int = 0
     bye: Bye | None = None
@@ -109,7 +108,7 @@ class Child:
         Its own session, so that neither a terminal's Ctrl-C nor whoever kills us reaches it unasked; no fork hooks.
         """
         Path(settings.stack).unlink(missing_ok=True)
-        log = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        log = open_log(settings.log)
         self.log_start = os.fstat(log).st_size
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -134,15 +133,12 @@ class Child:
         self.pid = self.process.pid
         # The loop reaps by waitpid; a Popen that is garbage collected unreaped would let the next one steal the status.
         self.process.returncode = 0
-        self.since = self.beat_at = self.moved_at = now
+        self.since = self.beat_at = now
         self.identity = start_identity(self.pid) or 0.0
         return ours
 
     def observe(self, counters: Counters, now: float) -> None:
-        """A beat. Movement of a counter is progress; the beat itself only says that the loop turns."""
-        before = self.counters
-        if any(getattr(before, k) != getattr(counters, k) for k in ("prefilled", "emitted", "finished", "loaded")):
-            self.moved_at = now
+        """A beat: the loop turns, and this is how far it is."""
         self.counters, self.beat_at, self.suspect = counters, now, False
 
     def signal(self, number: int) -> None:

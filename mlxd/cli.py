@@ -260,7 +260,7 @@ def validate(where: paths.Paths, flags: list[str]) -> None:
 
 def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
     """Start the supervisor in a session of its own and wait until it answers. Raises MlxdError with its own words if it ends instead."""
-    file = os.open(where.log("supervisor"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    file = paths.open_log(where.log("supervisor"))
     size = os.fstat(file).st_size
     process = subprocess.Popen(
         [sys.executable, "-m", "mlxd.supervisor", *flags],

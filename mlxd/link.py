@@ -23,6 +23,7 @@ import msgspec
 from mlxd import messages
 from mlxd.config import Config
 from mlxd.messages import ChildWord, SupervisorWord
+from mlxd.paths import open_log
 
 #: What a child of mlxd exits with when one of its threads raised: sysexits' EX_SOFTWARE.
 EX_SOFTWARE = 70
@@ -130,7 +131,7 @@ def raise_nofile(wanted: int) -> None:
 
 def reopen_log(path: str) -> None:
     """stdout and stderr go to `path` from now on."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_log(path)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from mlxd.errors import ConfigError
 
 #: Longest path that fits sockaddr_un on macOS (104 bytes with the final NUL), with a little left.
@@ -87,6 +85,8 @@ def locate(environ: Mapping[str, str] = os.environ) -> Paths:
     if home := environ.get("MLXD_HOME"):
         base = Path(home).expanduser().absolute()
         return Paths(base, base / "logs", base, socket_directory(base))
+    import platformdirs  # children are told their paths and need it not
+
     dirs = platformdirs.PlatformDirs("mlxd", appauthor=False)
     state = Path(dirs.user_state_path)
     logs = Path(dirs.user_log_path) if sys.platform == "darwin" else state / "logs"
@@ -156,6 +156,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def open_log(path: Path | str) -> int:
+    """A descriptor that writes at the end of a log, made if need be; no link is followed. Raises OSError."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 
 class State(Enum):
@@ -201,16 +202,19 @@ def step(state: State, event: Event) -> tuple[State, Action]:
     return TRANSITIONS[state][event]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Seconds, and counts. Defaults and their reasons are in `config.Supervisor`."""
+class Limits(Protocol):
+    """Seconds, and counts: what is asked of `config.Supervisor`, where the values and their reasons are."""
 
-    backoff_first_s: float = 0.5
-    backoff_most_s: float = 60.0
-    healthy_s: float = 600.0
-    deaths: int = 5
-    window_s: float = 900.0
-    cooldown_s: float = 300.0
+    @property
+    def backoff_first_s(self) -> float: ...
+    @property
+    def backoff_most_s(self) -> float: ...
+    @property
+    def deaths(self) -> int: ...
+    @property
+    def window_s(self) -> float: ...
+    @property
+    def cooldown_s(self) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -337,17 +337,14 @@ class Supervisor:
             one.wanted = False
         death, record = one.buried(status, now, self.paths, error)
         limits = self.config.supervisor
-        patience = policy.Limits(
-            limits.backoff_first_s, limits.backoff_most_s, limits.healthy_s, limits.deaths, limits.window_s, limits.cooldown_s
-        )
-        event = policy.verdict(death, one.counted, one.trial, now, patience)
+        event = policy.verdict(death, one.counted, one.trial, now, limits)
         if event is Event.UNFIT and not one.hold:
             one.hold, one.hold_cause = f"{one.name} says its configuration is wrong: {last_line(record.text)}", "fault"
         elif event in (Event.DIED, Event.FAILED) and not one.memory_is_back():
             event = Event.UNFIT
             one.hold, one.hold_cause = "the memory of the killed engine has not come back; a reboot may be needed", "memory"
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
-        one.retry_s = policy.delay(death, event, len(one.counted), random.random(), patience)
+        one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
         self.record(record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
@@ -641,8 +638,7 @@ class Supervisor:
         if changed & {self.paths.pid_file, self.paths.lock}:
             self.lock.mend()
         if changed & {self.paths.config, self.paths.env_file}:
-            with contextlib.suppress(ConfigError):  # told in `status`
-                self.reload()
+            self.try_reload()
 
     def mind_the_port(self) -> None:
         """While a server accepts, it has the port; two seconds after the last one stopped, we answer for ourselves."""
@@ -684,15 +680,13 @@ class Supervisor:
         self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 faulthandler wants it open for ever
         faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True, chain=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self.told_to_stop, signal.Signals(number).name)
-        self.loop.add_signal_handler(signal.SIGHUP, self.told_to_reload)
+            self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
+        self.loop.add_signal_handler(signal.SIGHUP, self.try_reload)
         self.loop.add_signal_handler(signal.SIGCHLD, self.reap)
 
-    def told_to_stop(self, why: str) -> None:
-        self.stop(why)
-
-    def told_to_reload(self) -> None:
-        with contextlib.suppress(ConfigError):  # told in `status` and in the log
+    def try_reload(self) -> None:
+        """Nobody waits for the answer: a refusal is told in `status` and in the log."""
+        with contextlib.suppress(ConfigError):
             self.reload()
 
     def verbs(self) -> dict[str, control.Verb]:

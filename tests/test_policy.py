@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mlxd import policy
-from mlxd.policy import Action, Death, Event, Health, Limits, State
+from mlxd.config import Supervisor
+from mlxd.policy import Action, Death, Event, Health, State
 
-LIMITS = Limits()
+LIMITS = Supervisor()
 
 
 @pytest.mark.parametrize("state", State)
