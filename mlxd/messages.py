@@ -24,11 +24,15 @@ class Counters(Struct, kw_only=True):
     #: Jobs the engine has accepted and not ended / requests the server has in hand.
     running: int = 0
     waiting: int = 0
-    #: Monotone progress: prompt tokens prefilled, tokens emitted, requests ended, bytes or tensors loaded.
+    #: Of an engine's running jobs: those whose prompt is not done.
+    prefilling: int = 0
+    #: Monotone progress: prompt tokens prefilled, tokens emitted, requests ended, bytes or tensors loaded, canaries (an idle engine's
+    #: one-token jobs of its own, which count nowhere else but in `running`) ended.
     prefilled: int = 0
     emitted: int = 0
     finished: int = 0
     loaded: int = 0
+    canaries: int = 0
     #: MLX's own counters, bytes; 0 in processes without MLX.
     active_bytes: int = 0
     peak_bytes: int = 0
