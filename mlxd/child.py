@@ -68,6 +68,7 @@ class Child:
     hold_cause: Literal["", "fault", "memory"] = ""
     restarts: int = 0
     trial: bool = False
+    died_of: str = ""  # the cause of the last death
     ordered: bool = False  # mlxd ends this process for reasons that are not its fault
     problems: list[str] = field(default_factory=list)  # what the server told with its `ready`
     refusal: str | None = None  # the engine's own sentence why this model cannot be loaded
@@ -86,6 +87,7 @@ class Child:
     at_ready: Counters = field(default_factory=Counters)
     counters: Counters = field(default_factory=Counters)
     beat_at: float = 0.0
+    progress_at: float = 0.0  # when a counter last moved, or there was nothing to do
     suspect: bool = False
     memory_bytes: int = 0
     bye: Bye | None = None
@@ -133,13 +135,22 @@ class Child:
         self.pid = self.process.pid
         # The loop reaps by waitpid; a Popen that is garbage collected unreaped would let the next one steal the status.
         self.process.returncode = 0
-        self.since = self.beat_at = now
+        self.since = self.beat_at = self.progress_at = now
         self.identity = start_identity(self.pid) or 0.0
         return ours
 
     def observe(self, counters: Counters, now: float) -> None:
         """A beat: the loop turns, and this is how far it is."""
+        if counters.progress != self.counters.progress or not counters.running:
+            self.progress_at = now
         self.counters, self.beat_at, self.suspect = counters, now, False
+
+    def take_over(self, dead: Child) -> None:
+        """Do what `dead`, which has no process, was for; its record comes with it, and it is for nothing any more."""
+        self.model, self.directory, self.preload, self.released = dead.model, dead.directory, dead.preload, dead.released
+        self.restarts, self.counted, self.deaths = dead.restarts + 1, dead.counted, dead.deaths
+        self.trial, self.died_of = dead.trial, dead.died_of
+        dead.model, dead.wanted = None, False
 
     def signal(self, number: int) -> None:
         """To the process's whole group. Until we reap it, its number cannot be anybody else's."""
@@ -212,6 +223,7 @@ class Child:
         self.ordered = self.suspect = False
         self.suspicion = ""
         self.deaths = [t for t in self.deaths if t > now - 3600] + [now]
+        self.died_of = cause
         if death.counts and death.wanted:
             self.counted.append(now)
         return death, record

@@ -81,6 +81,8 @@ class Supervisor(Section, frozen=True):
     cooldown_s: Seconds = 300.0
     hold_s: Seconds = 5.0  # how often the cause of a HELD is looked at again
     replace_drain_s: Seconds = 600.0
+    #: A spare engine (73 MB, its imports done) is kept while this much memory is available.
+    spare_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024 * 1024
     log_bytes: Annotated[int, Meta(ge=64 * 1024)] = 50 * 1024 * 1024
     log_keep_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024
 
@@ -92,6 +94,8 @@ class Health(Section, frozen=True):
     suspect_s: Seconds = 5.0
     frozen_s: Seconds = 15.0
     frozen_loading_s: Seconds = 60.0
+    stalled_s: Seconds = 60.0  # beats go on, work is in hand, and no counter moves
+    stalled_prefill_s: Seconds = 120.0
     lag_s: Seconds = 1.0  # a server whose loop lags less than this and that beats is saturated, not dead
 
 

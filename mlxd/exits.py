@@ -32,10 +32,6 @@ class Exits:
         with contextlib.suppress(OSError):
             paths.write_atomically(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))
 
-    def cause_of(self, child: str, slot: int) -> str:
-        """Of this child's last end."""
-        return next((r.cause for r in reversed(self.records) if (r.child, r.slot) == (child, slot)), "unknown")
-
 
 def read(file: Path) -> list[ExitRecord]:
     """The records of earlier runs; lines that cannot be read are skipped."""

@@ -40,6 +40,11 @@ class Counters(Struct, kw_only=True):
     #: How late the event loop woke for this beat, seconds.
     loop_lag_s: float = 0.0
 
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Differs from an earlier one as soon as any work was done."""
+        return self.prefilled, self.emitted, self.finished, self.loaded, self.canaries
+
 
 class ExitRecord(Struct, kw_only=True):
     """How a child ended. `signal` and `code`: exactly one is an int. `text` ends with the child's last words."""
@@ -98,12 +103,13 @@ class Bye(Struct, tag="bye", tag_field="word"):
 class Want(Struct, tag="want", tag_field="word"):
     """An engine for `model` is wanted. `directory`: absolute path of its files. Saying it again changes nothing.
 
-    `preload`: it belongs to what `mlxd start` waits for.
+    `preload`: it belongs to what `mlxd start` waits for. `automatic`: no request asks for it now.
     """
 
     model: str
     directory: str
     preload: bool = False
+    automatic: bool = False
 
 
 class Release(Struct, tag="release", tag_field="word"):

@@ -48,6 +48,11 @@ class Paths:
         return self.home / "state.json"
 
     @property
+    def loading(self) -> Path:
+        """Which models are fresh in memory, should the machine go down."""
+        return self.home / "loading.json"
+
+    @property
     def exits(self) -> Path:
         return self.home / "exits.jsonl"
 

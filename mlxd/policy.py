@@ -110,7 +110,6 @@ TRANSITIONS: dict[State, dict[Event, tuple[State, Action]]] = {
         E.UNWANTED: (S.STOPPING, A.TERMINATE),
         E.HURRIED: (S.KILLING, A.KILL),
         E.READIED: (S.READY, A.ANNOUNCE),
-        E.LATE: (S.STOPPING, A.TERMINATE),  # the load stands still
         E.SICK: (S.STOPPING, A.TERMINATE),
     },
     S.READY: {
@@ -190,7 +189,7 @@ _SPOKEN = (E.GREETED, E.ORDERED, E.READIED)
 IMPOSSIBLE: frozenset[tuple[State, Event]] = frozenset(
     [(s, e) for s in _NO_PROCESS for e in (*ENDS, *_SPOKEN, E.SICK)]
     + [(s, E.MENDED) for s in State if s is not S.HELD]
-    + [(s, E.LATE) for s in (S.STOPPED, S.BLANK, S.READY, S.HELD, S.UNKILLABLE)]  # states that last as long as they like
+    + [(s, E.LATE) for s in (S.STOPPED, S.BLANK, S.LOADING, S.READY, S.HELD, S.UNKILLABLE)]  # states that last as long as they like
     + [(s, E.ORDERED) for s in State if s is not S.BLANK]
     + [(s, E.GREETED) for s in (S.BLANK, S.LOADING, S.READY, S.DRAINING)]  # one hello per process
     + [(s, E.READIED) for s in (S.STARTING, S.BLANK, S.READY)]

@@ -328,7 +328,7 @@ class Pool:
         engine = self.engine(model)
         engine.preloaded = True
         if engine.state == "absent":
-            self.want(engine)
+            self.want(engine, automatic=True)
 
     async def load(self, engine: Engine, patience_s: float) -> None:
         """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `patience_s`."""
@@ -358,8 +358,8 @@ class Pool:
             return others
         return []
 
-    def want(self, engine: Engine) -> None:
-        self.say(Want(engine.model.name, str(engine.model.directory), preload=engine.preloaded))
+    def want(self, engine: Engine, automatic: bool = False) -> None:
+        self.say(Want(engine.model.name, str(engine.model.directory), preload=engine.preloaded, automatic=automatic))
         engine.used_at = now()
         self.turn(engine, "loading")
 

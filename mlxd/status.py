@@ -38,7 +38,7 @@ def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
     if server is not None and server.state in (State.HELD, State.UNKILLABLE, State.COOLDOWN):
         return shown(server.state), server.hold or f"the server died {len(server.counted)} times; {next_try(s, server)}"
     if server is not None and server.state is State.BACKOFF:
-        return "starting", f"the server died ({s.exits.cause_of('server', 0)}); {next_try(s, server)}"
+        return "starting", f"the server died ({server.died_of}); {next_try(s, server)}"
     return "starting", "the server is starting"
 
 
@@ -55,13 +55,12 @@ def problems(s: Supervisor) -> Iterator[str]:
     for engine in s.engines:
         if engine.model is None:
             continue
-        cause = s.exits.cause_of("engine", engine.slot)
         if engine.state in (State.HELD, State.UNKILLABLE):
             yield f"{engine.title} is held: {engine.hold}"
         elif engine.state in (State.BACKOFF, State.COOLDOWN):
-            yield f"{engine.title} died ({cause}); {next_try(s, engine)}"
+            yield f"{engine.title} died ({engine.died_of}); {next_try(s, engine)}"
         elif engine.state is not State.READY and engine.deaths and engine.wanted:
-            yield f"{engine.title} died ({cause}) and is being replaced"
+            yield f"{engine.title} died ({engine.died_of}) and is being replaced"
     window = s.config.supervisor.window_s
     for one in s.children():
         recent = sum(1 for t in one.deaths if t > s.loop.time() - window)
@@ -111,7 +110,10 @@ def report(s: Supervisor) -> dict[str, Any]:
         "version": __version__,
         "supervisor": {"pid": os.getpid(), "up_s": round(now - s.started, 1), "memory_bytes": footprint(os.getpid())},
         "server": process(server, now) if server is not None else None,
-        "engines": [process(e, now) | {"slot": e.slot, "model": e.model, "running": e.counters.running} for e in s.engines],
+        "engines": [
+            process(engine, now) | {"slot": engine.slot, "model": engine.model, "running": engine.counters.running}
+            for engine in sorted(s.engines, key=lambda engine: engine.model is None)  # the spare stands last
+        ],
         "last_exit": msgspec.to_builtins(s.exits.last),
         "notes": [f"{waiting} changed: run `mlxd restart` to apply it"] if waiting else [],
         "moved_s": round(now - s.moved_at, 1),

@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from mlxd import __version__, child, config, control, leftovers, link, messages, monitor, paths, policy, status
+from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import ConfigError, MlxdError
@@ -45,7 +47,9 @@ DRAIN_MARGIN_S = 3.0
 LAST_WORDS_S = 0.25
 #: After a heavy process was killed: how often its memory is looked for, and how long at that pace.
 MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
-#: How often, in ticks, the lock and the PID file are looked for: they may have vanished unseen.
+#: A stack dump takes this long at most; then the ladder may begin, which would end it.
+DUMP_S = 1.0
+#: How often, in ticks, the memory, the lock and the PID file are looked at.
 LOOK_TICKS = 30
 
 #: A program that is not there, or cannot be one: trying again would not help.
@@ -58,6 +62,8 @@ EXPECTING = (
     State.KILLING,
 )  # a `ready` may come, if only because it crossed our word
 LEAVING = (State.DRAINING, State.STOPPING, State.KILLING)
+UNTAKEN = (State.STARTING, State.BLANK)  # of an engine without a model: it can be given one
+COMING_UP = (State.STARTING, State.LOADING)
 RUNNING = (State.BLANK, State.LOADING, State.READY, State.DRAINING)
 
 
@@ -71,6 +77,7 @@ class Supervisor:
         self.lock = lock
         self.nonce = secrets.token_hex(16)
         self.boot = leftovers.boot_id()
+        self.boots = Boots(where.loading, self.boot)
         self.server: Child | None = None
         self.retired: list[Child] = []  # servers that drain while a newer one accepts
         self.engines: list[Child] = []
@@ -199,12 +206,14 @@ class Supervisor:
         if one.state is State.STOPPED:
             self.forget(one)
         self.mind_the_port()
+        self.mind_the_spare()
 
     def perform(self, one: Child, action: Action) -> None:
         match action:
             case Action.SPAWN:
                 self.spawn(one)
             case Action.ORDER if one.link is not None and one.model is not None:
+                self.boots.begin(one.model)
                 one.link.send(messages.Load(one.model, one.directory))
             case Action.DRAIN if one.link is not None:
                 one.link.send(messages.Drain(one.drain_s) if one.kind == "server" else messages.Stop())
@@ -250,15 +259,28 @@ class Supervisor:
     def late(self, one: Child) -> None:
         del self.timers[one]
         if one.state is State.LOADING:
-            one.suspicion = "stalled"
-            one.dump_stack()
-        elif one.state is State.STARTING:
+            self.accuse(one, "stalled")
+            return
+        if one.state is State.STARTING:
             one.suspicion = "no hello"
         elif one.state is State.KILLING:
             one.hold = f"pid {one.pid} does not die; a reboot may be needed"
         elif one.state is State.COOLDOWN:
             one.trial = True
-        self.handle(one, Event.LATE)
+        waited = one.state in (State.BACKOFF, State.COOLDOWN)
+        self.handle(one, Event.UNWANTED if waited and self.hand_over(one) else Event.LATE)
+
+    def accuse(self, one: Child, why: str) -> None:
+        """It will be ended for this; first its stacks are taken."""
+        if not one.suspicion:
+            log.warning("%s: %s", one.title, why)
+            one.suspicion = why
+            one.dump_stack()
+            self.loop.call_later(DUMP_S, self.condemn, one, one.pid)
+
+    def condemn(self, one: Child, pid: int | None) -> None:
+        if one.pid == pid and one.process is not None and one.state in RUNNING:
+            self.handle(one, Event.SICK)
 
     def spawn(self, one: Child) -> None:
         """A new process in the slot. A program that cannot be started has ended, too."""
@@ -342,14 +364,35 @@ class Supervisor:
             one.hold, one.hold_cause = f"{one.name} says its configuration is wrong: {last_line(record.text)}", "fault"
         elif event in (Event.DIED, Event.FAILED) and not one.memory_is_back():
             event = Event.UNFIT
-            one.hold, one.hold_cause = "the memory of the killed engine has not come back; a reboot may be needed", "memory"
+            one.hold = f"memory not returned: {one.lost_bytes / 1e9:.1f} GB of the killed engine; a reboot may be needed"
+            one.hold_cause = "memory"
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
         one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
         self.record(record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
-        self.handle(one, event)
+            if event is not Event.DIED:
+                self.boots.end_trial(one.model)
+        self.handle(one, Event.GONE if event is Event.DIED and self.hand_over(one) else event)
         self.remember()
+
+    def hand_over(self, dead: Child) -> bool:
+        """Load the model of an engine that has no process into the spare, which has its imports behind it. False: there is none."""
+        spare = next((e for e in self.engines if e.model is None and e.wanted and e.state in UNTAKEN), None)
+        if dead.model is None or spare is None:
+            return False
+        spare.take_over(dead)
+        log.info("%s takes over from %s", spare.title, dead.name)
+        if spare.state is State.BLANK:
+            self.handle(spare, Event.ORDERED)
+        return True
+
+    def mind_the_spare(self) -> None:
+        """Keep one blank engine, made when no other engine is on its way up, for which it would take a core away."""
+        if self.stopping or self.server is None or any(e.model is None or e.state in COMING_UP for e in self.engines):
+            return
+        if psutil.virtual_memory().available >= self.config.supervisor.spare_bytes:
+            self.new_engine(None, "", preload=False)
 
     def tell_engine_down(self, engine: Child, event: Event, record: ExitRecord) -> None:
         assert engine.model is not None
@@ -362,7 +405,9 @@ class Supervisor:
         elif event is Event.DIED:
             self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "replaced"))
         else:
-            wait_s = self.config.supervisor.cooldown_s if event is Event.UNFIT else engine.retry_s
+            wait_s = engine.retry_s
+            if event is Event.UNFIT:
+                wait_s = MEMORY_WAIT_S if engine.hold_cause == "memory" else self.config.supervisor.cooldown_s
             self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "retried", wait_s))
 
     def record(self, record: ExitRecord) -> None:
@@ -447,8 +492,11 @@ class Supervisor:
                     if engine.model == model and one.state in SERVING:
                         engine.released = True
                 self.let_go()
-            case messages.Stalled(slot):
-                log.warning("%s says engine-%d makes no progress", one.name, slot)
+            case messages.Stalled(slot) if one.kind == "server":
+                for engine in self.engines:
+                    if engine.slot == slot and engine.state is State.READY:
+                        log.warning("%s hears nothing from %s", one.name, engine.title)
+                        self.accuse(engine, "stalled")
             case _:
                 log.warning("%s: unexpected word %s", one.title, type(word).__name__)
 
@@ -508,6 +556,11 @@ class Supervisor:
     def want(self, word: messages.Want) -> None:
         """An engine for this model, from now on; the latest wish wins over a stop under way."""
         self.refusals.pop(word.model, None)
+        known = any(engine.model == word.model for engine in self.engines)
+        if word.automatic and not known and (objection := self.boots.objection(word.model)):
+            self.refusals[word.model] = objection
+            self.tell_servers(EngineDown(0, word.model, objection, "refused"))
+            return
         for engine in self.engines:
             if engine.model == word.model:
                 engine.wanted = True
@@ -518,7 +571,7 @@ class Supervisor:
                 self.handle(engine, Event.WANTED)
                 return
         for engine in self.engines:
-            if engine.model is None and engine.wanted and engine.state not in LEAVING:
+            if engine.model is None and engine.wanted and engine.state in UNTAKEN:
                 engine.model, engine.directory, engine.preload = word.model, word.directory, word.preload
                 if engine.state is State.BLANK:
                     self.handle(engine, Event.ORDERED)
@@ -553,7 +606,7 @@ class Supervisor:
         log.info("time has passed unseen; every deadline begins anew")
         now = self.loop.time()
         for one in self.children():
-            one.beat_at = now
+            one.beat_at = one.progress_at = now
             if one in self.timers:
                 self.set_deadline(one, self.patience(one))
 
@@ -563,9 +616,12 @@ class Supervisor:
         for one in self.children():
             one.measure()
             self.look_at_beats(one, now)
-            if one.state is State.READY and one.counted and one.ready_at and now - one.ready_at > limits.healthy_s:
+            self.look_at_progress(one, now)
+            if one.state is State.READY and one.ready_at and now - one.ready_at > limits.healthy_s:
                 one.counted.clear()
                 one.trial = False
+                if one.model is not None:
+                    self.boots.pass_trial(one.model)
             if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
                 log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
@@ -574,6 +630,7 @@ class Supervisor:
             self.look_at_holds()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
+            self.mind_the_spare()
 
     def look_at_beats(self, one: Child, now: float) -> None:
         if one.process is None or one.state not in RUNNING:
@@ -588,6 +645,14 @@ class Supervisor:
             one.suspicion = "frozen"
             self.handle(one, Event.SICK)
 
+    def look_at_progress(self, one: Child, now: float) -> None:
+        """Beats go on, so nothing is frozen, but work is in hand and stands still. What moves, however slowly, is left alone."""
+        if one.kind != "engine" or one.state is not State.READY or not one.counters.running:
+            return
+        health = self.config.health
+        if now - one.progress_at > (health.stalled_prefill_s if one.counters.prefilling else health.stalled_s):
+            self.accuse(one, "stalled")
+
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
         if self.obstacle:
@@ -600,9 +665,12 @@ class Supervisor:
         if one.state is not State.HELD or one.hold_cause != "memory":
             return
         if one.memory_is_back():
-            self.handle(one, Event.MENDED)
+            self.handle(one, Event.UNWANTED if self.hand_over(one) else Event.MENDED)
         elif self.loop.time() < until:
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, until)
+        elif until and one.model is not None:
+            log.error("%s: %s", one.title, one.hold)
+            self.tell_servers(EngineDown(one.slot, one.model, one.hold, "retried", self.config.supervisor.cooldown_s))
 
     async def poll_health(self) -> None:
         server = self.server

@@ -26,6 +26,8 @@ HERE = Path(__file__).parent
 FAKE = f"{sys.executable} {HERE / 'fake_child.py'}"
 #: Waiting deadlines: ten times what the thing takes, because the machine is shared.
 PATIENCE_S = 60.0
+#: More memory than there is: no spare engine stands by.
+NO_SPARE = str(10**15)
 
 #: The default limits, scaled down by settings.
 QUICK = {
@@ -199,14 +201,16 @@ def home() -> Iterator[Path]:
 
 @pytest.fixture
 def daemon(home: Path) -> Iterator[Callable[..., Daemon]]:
-    """Makes a Daemon with fake children unless told otherwise: `daemon(server="--mute", engine="--abort", MLXD_...="...")`."""
+    """Makes a Daemon with fake children unless told otherwise: `daemon(server="--mute", engine="--abort", MLXD_...="...")`.
+
+    Beside fake engines no spare stands by unless asked for by MLXD_SUPERVISOR_SPARE_BYTES="0", so that a test has to do with one."""
     made: list[Daemon] = []
 
     def make(server: str | None = "", engine: str | None = "", **settings: str) -> Daemon:
         if server is not None:
             settings["MLXD_SERVER_COMMAND"] = f"{FAKE} {server}"
         if engine is not None:
-            settings["MLXD_ENGINE_COMMAND"] = f"{FAKE} {engine}"
+            settings = {"MLXD_ENGINE_COMMAND": f"{FAKE} {engine}", "MLXD_SUPERVISOR_SPARE_BYTES": NO_SPARE} | settings
         made.append(Daemon(home, **settings))
         return made[-1]
 
