@@ -37,11 +37,13 @@ class Boots:
         self.file = file
         self.boot = boot
         self.markers = read(file)
-        for model, marker in self.markers.items():
-            if marker.boot not in ("", boot):
-                marker.boot = ""
-                marker.dirty += 1
-                log.warning("the machine went down while %s was fresh, %d times in a row", model, marker.dirty)
+        fresh = {model: marker for model, marker in self.markers.items() if marker.boot not in ("", boot)}
+        for model, marker in fresh.items():
+            marker.boot = ""
+            marker.dirty += 1
+            log.warning("the machine went down while %s was fresh, %d times in a row", model, marker.dirty)
+        if fresh:
+            self.write()
 
     def begin(self, model: str) -> None:
         """It is about to be loaded."""

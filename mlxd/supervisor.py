@@ -371,7 +371,9 @@ class Supervisor:
         self.record(record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
-            if event is not Event.DIED:
+            if event is Event.GONE:
+                self.boots.pass_trial(one.model)
+            elif event is not Event.DIED:
                 self.boots.end_trial(one.model)
         self.handle(one, Event.GONE if event is Event.DIED and self.hand_over(one) else event)
         self.remember()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--segv", action="store_true", help="SIGSEGV when ready")
     parser.add_argument("--exit-ready", type=int, help="exit with this status when ready")
     parser.add_argument("--no-hello", action="store_true")
+    parser.add_argument("--slow-hello", type=float, default=0.0, help="seconds before hello")
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--load-s", type=float, default=0.0, help="how long a load takes; it moves all the while")
     parser.add_argument("--ignore-term", action="store_true", help="and every word that asks for an end")
@@ -45,7 +47,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first", nargs=2, metavar=("N", "FILE"), help="misbehave in the first N processes only")
     parser.add_argument("--after", nargs=2, metavar=("N", "FILE"), help="misbehave in all but the first N processes")
     parser.add_argument("--finished", type=int, default=0, help="requests that the beats tell as finished since ready")
-    parser.add_argument("--want", default="", help="a server: want this model, preloaded")
+    parser.add_argument("--busy", action="store_true", help="the beats tell of a job in hand and of nothing that moves")
+    parser.add_argument("--prefilling", action="store_true", help="the same, at its prompt")
+    parser.add_argument("--crawl", type=float, default=0.0, help="the same, but a token comes every so many seconds")
+    parser.add_argument("--hang-gil", action="store_true", help="when ready: wait in native code that holds the interpreter lock")
+    parser.add_argument("--swell", type=int, default=0, help="when ready: take so many MB of memory")
+    parser.add_argument("--complain", type=float, default=-1.0, help="a server: so long after ready, say that engine 1 is stalled")
+    parser.add_argument("--want", action="append", default=[], help="a server: want this model, preloaded")
     parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
     found = parser.parse_args()
     if not (found.first or found.after):
@@ -56,7 +64,7 @@ def parse() -> argparse.Namespace:
     counter.write_text(str(count + 1))
     if (count < int(most)) == bool(found.first):
         return found
-    return parser.parse_args(["--want", found.want] if found.want else [])
+    return parser.parse_args([word for model in found.want for word in ("--want", model)])
 
 
 class FakeChild:
@@ -67,6 +75,7 @@ class FakeChild:
         self.counters = messages.Counters()
         self.accepting: list[socket.socket] = []
         self.ready = False
+        self.ready_at = 0.0
 
     async def run(self) -> None:
         how = self.how
@@ -78,6 +87,7 @@ class FakeChild:
             Path(how.fork).write_text(str(sleeper.pid))
         if how.no_hello:
             await asyncio.sleep(3600)
+        await asyncio.sleep(how.slow_hello)
         nonce = "wrong" if how.wrong_nonce else self.settings.nonce
         self.link.send(messages.Hello(how.protocol, self.kind, os.getpid(), __version__, nonce))
         if how.babble:
@@ -91,8 +101,15 @@ class FakeChild:
         beats.cancel()
 
     def count(self) -> messages.Counters:
-        self.counters.finished = self.how.finished if self.ready else 0
-        return messages.Counters(finished=self.counters.finished, loaded=self.counters.loaded)
+        how = self.how
+        busy = self.ready and (how.busy or how.prefilling or how.crawl > 0)
+        return messages.Counters(
+            running=int(busy),
+            prefilling=int(busy and how.prefilling),
+            emitted=int((time.monotonic() - self.ready_at) // how.crawl) if busy and how.crawl else 0,
+            finished=how.finished if self.ready else 0,
+            loaded=self.counters.loaded,
+        )
 
     async def lag(self) -> None:
         while True:
@@ -129,8 +146,8 @@ class FakeChild:
         await self.be_ready(model)
 
     async def serve(self) -> None:
-        if self.how.want:
-            self.link.send(messages.Want(self.how.want, "/nonexistent", preload=True))
+        for model in self.how.want:
+            self.link.send(messages.Want(model, "/nonexistent", preload=True, automatic=True))
         if self.how.never_ready:
             return
         self.accepting = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
@@ -141,9 +158,15 @@ class FakeChild:
     async def be_ready(self, model: str | None) -> None:
         if self.how.never_ready:
             return
-        self.ready = True
+        self.ready, self.ready_at = True, time.monotonic()
+        self.ballast = bytearray(os.urandom(1024) * 1024 * self.how.swell)
         self.link.send(messages.Ready(model))
         await self.link.writer.drain()
+        if self.how.hang_gil:
+            hold_the_interpreter()
+        if self.how.complain >= 0:
+            await asyncio.sleep(self.how.complain)
+            self.link.send(messages.Stalled(1))
         if self.how.abort:
             os.abort()
         if self.how.segv:
@@ -170,6 +193,15 @@ class FakeChild:
             writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
             await writer.drain()
         writer.close()
+
+
+def hold_the_interpreter() -> None:
+    """Lock a mutex twice without letting the interpreter go, as native code does that waits for a GPU."""
+    library = ctypes.PyDLL(None)
+    mutex = ctypes.create_string_buffer(256)
+    library.pthread_mutex_init(mutex, None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
 
 
 MUTED: list[socket.socket] = []
