@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from mlxd.engine.text import bytes_left, truncated
 from mlxd.engine.view import make_view
 from mlxd.messages import Bye, Hello, Load, Loaded, Progress, Sampling, Stop, Token
 from mlxd.modelfiles import Broken
+from mlxd.policy import PRODUCTIVE_TOKENS
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
 QUESTION = "What is mlxd?"
@@ -668,6 +670,19 @@ def test_an_engine_whose_supervisor_is_gone_ends_what_runs_and_then_itself(tmp_p
         wire.finish([job])
         assert wire.results[job].text == KNOWN[QUESTION]
         assert process.wait() == 0
+
+
+def test_an_engine_that_dies_before_its_next_beat_has_told_of_its_work(tmp_path: Path) -> None:
+    """Else it would count as one that dies without having done any, and five of those are a cool-down."""
+    with EngineProcess(tmp_path) as process, process.load(BUILTIN).connect() as wire:
+        job = wire.submit(messages=user("Count from 1 to 100."))
+        wire.until(lambda: len(wire.results[job].ids) > PRODUCTIVE_TOKENS)
+        process.process.send_signal(signal.SIGABRT)
+        process.wait()
+        while (word := process.next_word(time.monotonic() + DEADLINE_S)) is not None:
+            if isinstance(word, messages.Beat) and word.counters.emitted >= PRODUCTIVE_TOKENS:
+                return
+    raise AssertionError(process.story())
 
 
 def test_a_term_ends_it(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from mlxd import link, messages
 from mlxd.engine.batch import Batch, Ended, Opened, Tick
 from mlxd.engine.service import Service
 from mlxd.link import EX_SOFTWARE, ChildSettings, Link
-from mlxd.messages import Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Stop, SupervisorWord
+from mlxd.messages import Beat, Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Stop, SupervisorWord
+from mlxd.policy import PRODUCTIVE_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Engine:
         self.settings = settings
         self.model: str | None = None
         self.service: Service | None = None
+        self.proven = False
 
     async def run(self) -> None:
         """Never returns."""
@@ -66,6 +68,7 @@ class Engine:
         if isinstance(news, Tick):
             assert self.service is not None
             self.service.deliver(news)
+            self.prove()
         elif isinstance(news, Opened):
             self.task = self.loop.create_task(self.open(news))
         else:
@@ -79,6 +82,13 @@ class Engine:
         await self.service.serve(self.settings.socket)
         self.link.send(Ready(self.model))
         log.info("ready: %s, context %d tokens", self.model, opened.context_length)
+
+    def prove(self) -> None:
+        """Tell of the first work at once: an engine that dies before its next beat would seem to have done none, and such deaths cost."""
+        counters = self.batch.counters
+        if not self.proven and (counters.finished or counters.emitted >= PRODUCTIVE_TOKENS):
+            self.proven = True
+            self.link.offer(Beat(self.counters()))
 
     def broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that nothing expects: some job would wait for ever. End, so that another engine takes over."""
