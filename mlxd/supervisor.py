@@ -49,7 +49,7 @@ LAST_WORDS_S = 0.25
 MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
 #: A stack dump takes this long at most; then the ladder may begin, which would end it.
 DUMP_S = 1.0
-#: How often, in ticks, the memory, the lock and the PID file are looked at.
+#: How often, in ticks, the lock and the PID file are looked at.
 LOOK_TICKS = 30
 
 #: A program that is not there, or cannot be one: trying again would not help.
@@ -390,11 +390,18 @@ class Supervisor:
         return True
 
     def mind_the_spare(self) -> None:
-        """Keep one blank engine, made when no other engine is on its way up, for which it would take a core away."""
-        if self.stopping or self.server is None or any(e.model is None or e.state in COMING_UP for e in self.engines):
+        """Keep a blank engine, and a second one while engines die: the next death may come before a new one has its imports behind it (1.2 s).
+        Made one at a time, and not while a model is loaded, which would lose a core by it."""
+        coming_up = any(e.state in COMING_UP or (e.state is State.BLANK and e.model) for e in self.engines)
+        if self.stopping or self.server is None or coming_up:
             return
-        if psutil.virtual_memory().available >= self.config.supervisor.spare_bytes:
+        restless = self.loop.time() - self.config.supervisor.window_s
+        spares = [engine for engine in self.engines if engine.model is None and engine.wanted]
+        wanted = 2 if any(died > restless for engine in self.engines if engine.model for died in engine.deaths) else 1
+        if len(spares) < wanted and psutil.virtual_memory().available >= self.config.supervisor.spare_bytes:
             self.new_engine(None, "", preload=False)
+        elif len(spares) > wanted:
+            self.unwant(spares[-1])
 
     def tell_engine_down(self, engine: Child, event: Event, record: ExitRecord) -> None:
         assert engine.model is not None
@@ -628,11 +635,11 @@ class Supervisor:
                 log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
         self.let_go()
+        self.mind_the_spare()
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
-            self.mind_the_spare()
 
     def look_at_beats(self, one: Child, now: float) -> None:
         if one.process is None or one.state not in RUNNING:

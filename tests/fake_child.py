@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import signal
 import socket
@@ -159,7 +160,7 @@ class FakeChild:
         if self.how.never_ready:
             return
         self.ready, self.ready_at = True, time.monotonic()
-        self.ballast = bytearray(os.urandom(1024) * 1024 * self.how.swell)
+        self.ballast = await asyncio.to_thread(take_memory, self.how.swell * 2**20) if self.how.swell else None
         self.link.send(messages.Ready(model))
         await self.link.writer.drain()
         if self.how.hang_gil:
@@ -193,6 +194,16 @@ class FakeChild:
             writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
             await writer.drain()
         writer.close()
+
+
+def take_memory(size_bytes: int) -> mmap.mmap:
+    """So many bytes of real memory; large pages where there are, since a fault each takes long on a busy machine."""
+    memory = mmap.mmap(-1, size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    for offset in range(0, size_bytes, mmap.PAGESIZE):
+        memory[offset] = 1
+    return memory
 
 
 def hold_the_interpreter() -> None:

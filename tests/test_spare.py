@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import NO_SPARE, Daemon, eventually
+from fake_child import take_memory
 
 from mlxd import leftovers
 
@@ -28,8 +28,12 @@ def engine_of(told: Status, model: str = "a:latest") -> Status:
     return [engine for engine in told["engines"] if engine["model"] == model][0]  # type: ignore[no-any-return]
 
 
+def spares_of(told: Status) -> list[Status]:
+    return [engine for engine in told["engines"] if engine["model"] is None]
+
+
 def spare_of(told: Status) -> Status:
-    return [engine for engine in told["engines"] if engine["model"] is None][0]  # type: ignore[no-any-return]
+    return spares_of(told)[0]
 
 
 def standing_by(told: Status) -> bool:
@@ -47,7 +51,6 @@ def test_a_dead_engines_model_is_loaded_into_the_spare(daemon: Make) -> None:
         after = d.until("its successor", lambda s, n=n: standing_by(s) and engine_of(s)["restarts"] == n)
         assert engine_of(after)["pid"] == spare_of(before)["pid"]
         assert after["last_exit"]["pid"] == engine_of(before)["pid"] and after["last_exit"]["model"] == "a:latest"
-        assert len(after["engines"]) == 2
 
 
 def beaten(d: Daemon, pid: int) -> bool:
@@ -84,7 +87,7 @@ def test_a_second_model_is_loaded_into_the_spare_and_both_outlive_their_engines(
         "two successors",
         lambda s: standing_by(s) and all(engine_of(s, m)["state"] == "ready" and engine_of(s, m)["restarts"] for m in both),
     )
-    assert len(after["engines"]) == 3 and len({engine["slot"] for engine in after["engines"]}) == 3
+    assert len({engine["slot"] for engine in after["engines"]}) == len(after["engines"])
 
 
 def test_a_killed_spare_is_replaced_and_nobody_else_notices(daemon: Make) -> None:
@@ -94,6 +97,17 @@ def test_a_killed_spare_is_replaced_and_nobody_else_notices(daemon: Make) -> Non
     os.kill(spare_of(before)["pid"], signal.SIGKILL)
     after = d.until("another", lambda s: standing_by(s) and spare_of(s)["pid"] != spare_of(before)["pid"])
     assert engine_of(after)["pid"] == engine_of(before)["pid"]
+
+
+def test_while_engines_die_a_second_spare_stands_by(daemon: Make) -> None:
+    d = daemon(server="--want a:latest", engine="--finished 1", MLXD_SUPERVISOR_WINDOW_S="20", **SPARE)
+    d.start()
+    pid = engine_of(d.until("a spare", standing_by))["pid"]
+    eventually(lambda: beaten(d, pid), "a beat", d.history)
+    os.kill(pid, signal.SIGKILL)
+    d.until("two", lambda s: [spare["state"] for spare in spares_of(s)] == ["blank", "blank"])
+    d.until("one, since no engine has died for a while", lambda s: len(spares_of(s)) == 1)
+    assert [record["cause"] for record in d.exits()] == ["killed", "stopped"]
 
 
 def test_a_spare_that_cannot_live_is_tried_ever_more_slowly(daemon: Make, home: Path) -> None:
@@ -118,23 +132,21 @@ def test_without_memory_for_a_spare_there_is_none(daemon: Make) -> None:
 
 def test_f48_after_a_kill_nothing_is_loaded_before_the_memory_is_back(daemon: Make) -> None:
     """While the supervisor is stopped, this process takes what the killed engine gives back: to the supervisor it never came back."""
-    swell = 3 * GB
+    swell = 5 * GB // 2
     if psutil.virtual_memory().available < 4 * swell:
-        pytest.skip("needs 12 GB of free memory")
+        pytest.skip("needs 10 GB of free memory")
     d = daemon(server="--want a:latest", engine=f"--finished 1 --swell {swell // 2**20}", **SPARE)
     d.start()
     before = d.until("a heavy engine", lambda s: standing_by(s) and engine_of(s)["memory_bytes"] > swell)
     time.sleep(2.5)  # two ticks: the supervisor has seen how heavy it is
     supervisor = before["supervisor"]["pid"]
     os.kill(supervisor, signal.SIGSTOP)
-    hoard = mmap.mmap(-1, swell)
+    hoard = take_memory(swell)
     try:
-        for offset in range(0, swell, mmap.PAGESIZE):
-            hoard[offset] = 1
         os.kill(engine_of(before)["pid"], signal.SIGKILL)
         os.kill(supervisor, signal.SIGCONT)
         held = d.until("held", lambda s: engine_of(s)["state"] == "held")
-        assert "memory not returned: 3." in held["reason"] and spare_of(held)["pid"] == spare_of(before)["pid"]
+        assert "memory not returned: 2." in held["reason"] and spare_of(held)["pid"] == spare_of(before)["pid"]
     finally:
         hoard.close()
     after = d.until("its successor", lambda s: s["state"] == "ready" and engine_of(s)["restarts"] == 1)
