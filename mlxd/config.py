@@ -96,6 +96,7 @@ class Health(Section, frozen=True):
     frozen_loading_s: Seconds = 60.0
     stalled_s: Seconds = 60.0  # beats go on, work is in hand, and no counter moves
     stalled_prefill_s: Seconds = 120.0
+    canary_s: Seconds = 300.0  # an engine that has ended nothing for so long gives a token of its own; 0: never
     lag_s: Seconds = 1.0  # a server whose loop lags less than this and that beats is saturated, not dead
 
 

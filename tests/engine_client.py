@@ -35,7 +35,9 @@ GREEDY = Sampling(seed=0)
 class EngineProcess:
     """A real engine and the supervisor's end of its link. A context manager: nothing is left of it afterwards."""
 
-    def __init__(self, home: Path, config: Config | None = None, environ: dict[str, str] | None = None):
+    def __init__(
+        self, home: Path, config: Config | None = None, environ: dict[str, str] | None = None, script: str = "-m mlxd.engine"
+    ):
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
@@ -57,7 +59,7 @@ class EngineProcess:
         os.set_inheritable(theirs.fileno(), True)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlxd.engine"],
+                [sys.executable, *script.split()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -24,6 +24,7 @@ from mlxd.modelfiles import Broken
 from mlxd.policy import PRODUCTIVE_TOKENS
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
+STUCK_ENGINE = str(Path(__file__).parent / "stuck_engine.py")
 QUESTION = "What is mlxd?"
 
 
@@ -538,6 +539,75 @@ def test_pulses_and_beats_show_the_work(engine: EngineProcess, wire: Wire) -> No
     assert after.loaded >= 1_000_000
     beat = engine.word(messages.Beat)
     assert beat.counters.loaded == after.loaded
+
+
+def counted(wire: Wire) -> messages.Counters:
+    wire.pulses.clear()
+    wire.until(lambda: wire.pulses)
+    return wire.pulses[-1].counters
+
+
+def test_work_that_a_stuck_model_thread_never_takes_up_is_told(tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    model = make_tiny_model(tmp_path / "m", config={"max_position_embeddings": 100_000})
+    with (
+        EngineProcess(tmp_path / "e", environ={"MLXD_FAKE_STUCK": str(stuck)}, script=STUCK_ENGINE) as process,
+        process.load(model).connect() as wire,
+    ):
+        first = wire.submit(prompt="engine", sampling=Sampling(seed=1, temperature=5.0))
+        wire.until(lambda: wire.results[first].ids)
+        wire.until(lambda: (c := counted(wire)).running == 1 and c.prefilling == 0)
+        stuck.touch()
+        second = wire.submit(prompt="supervisor", max_tokens=2)
+        wire.until(lambda: (c := counted(wire)).running == 2 and c.prefilling == 1)
+        before = counted(wire)
+        for job in (first, second):
+            wire.cancel(job)
+        third = wire.submit(prompt="server", max_tokens=2)
+        # Nobody waits for two of them any more, and still the model thread has them.
+        wire.until(lambda: counted(wire).running == 3)
+        after = counted(wire)
+        assert (after.prefilled, after.emitted, after.finished) == (before.prefilled, before.emitted, before.finished)
+        stuck.unlink()
+        wire.finish([third])
+        wire.until(lambda: counted(wire).running == 0)
+        assert counted(wire).finished == before.finished + 3
+
+
+def test_requests_that_never_reach_the_model_count_as_ended(engine: EngineProcess, wire: Wire) -> None:
+    before = counted(wire)
+    assert wire.ask(prompt_ids=[]).failed is not None
+    assert wire.ask(prompt="engine", max_tokens=0).done is not None
+    assert counted(wire).finished == before.finished + 2
+
+
+def test_an_idle_engine_gives_a_token_of_its_own_that_nobody_sees(tmp_path: Path) -> None:
+    settings = config.Config(health=config.Health(canary_s=0.5))
+    with EngineProcess(tmp_path, settings) as process, process.load(BUILTIN).connect() as wire:
+        asked = wire.ask(messages=user(QUESTION))
+        before = counted(wire)
+        wire.until(lambda: counted(wire).canaries >= before.canaries + 2)
+        after = counted(wire)
+        assert asked.text == KNOWN[QUESTION]
+        assert (after.emitted, after.finished, after.prefilled) == (before.emitted, before.finished, before.prefilled)
+        assert (after.running, after.cache_bytes) == (0, before.cache_bytes)
+        assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
+
+
+def test_the_canary_of_a_stuck_engine_shows_as_work_that_does_not_move(tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    settings = config.Config(health=config.Health(canary_s=0.5))
+    with (
+        EngineProcess(tmp_path / "e", settings, {"MLXD_FAKE_STUCK": str(stuck)}, STUCK_ENGINE) as process,
+        process.load(make_tiny_model(tmp_path / "m")).connect() as wire,
+    ):
+        wire.until(lambda: counted(wire).canaries)
+        stuck.touch()
+        wire.until(lambda: counted(wire).running == 1)
+        told = [counted(wire) for _ in range(3)]
+        assert {(c.running, c.prefilling, c.canaries) for c in told} == {(1, 1, told[0].canaries)}
+        stuck.unlink()
+        wire.until(lambda: counted(wire).canaries > told[0].canaries)
 
 
 # --- models that are refused -------------------------------------------------------------------------------------------------

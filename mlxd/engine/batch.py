@@ -12,8 +12,9 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,29 +99,50 @@ class Tick:
 
 
 class Batch:
-    """`post` is called in the model thread and must not block. `counters` are plain numbers; any thread may read them."""
+    """`post` is called in the model thread and must not block. `counters` are plain numbers; any thread may read them.
+
+    `admitted`: rows ever given to the model thread, a number of the thread that gives them; `left`: those of them that it has done with.
+    A model thread that hangs leaves a difference, whatever it hangs in, and whether or not anybody still waits for those rows.
+    """
 
     def __init__(self, config: Config, post: Callable[[Opened | Ended | Tick], None]):
         self.config = config
         self.post = post
         self.counters = Counters()
-        self.inbox: queue.SimpleQueue[tuple[Callable[[Row, Tick], None], Row]] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Callable[[Tick], None]] = queue.SimpleQueue()
         self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row
         self.prefixes = PrefixIndex(0)  # until the model is loaded and says how much
         self.generator: Any = None
         self.snapshots = False
+        self.admitted = self.left = 0
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
     def start(self, load: Load, view: Path) -> None:
         threading.Thread(target=self.run, args=(load, view), name="model", daemon=True).start()
 
+    @property
+    def held(self) -> int:
+        """Rows that the model thread has or will find in its inbox."""
+        return self.admitted - self.left
+
+    @property
+    def decoding(self) -> int:
+        """Rows whose prompt is done."""
+        return len(self.generator._generation_batch) if self.generator else 0
+
     def admit(self, row: Row) -> None:
-        self.inbox.put((self.insert, row))
+        self.admitted += 1
+        self.inbox.put(partial(self.insert, row))
 
     def drop(self, row: Row) -> None:
         """Free the row's place; harmless when it has ended."""
-        self.inbox.put((self.remove, row))
+        self.inbox.put(partial(self.remove, row))
+
+    def probe(self) -> None:
+        """One token of our own, to see whether the model thread still gives any."""
+        self.admitted += 1
+        self.inbox.put(self.sing)
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
@@ -170,24 +192,28 @@ class Batch:
 
     def warm_up(self, tokenizer: Any) -> None:
         """Generate one token. Raises Broken when the model's parts do not fit together."""
-        ids = tokenizer.encode("Hi", add_special_tokens=False) or [0]
+        self.greeting = tokenizer.encode("Hi", add_special_tokens=False) or [0]
         try:
-            self.generator.insert([ids], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(ids))])
-            while not self.generator.next()[1]:
-                pass
+            for _ in self.one_token():
+                self.counters.loaded += 1  # a first step may compile kernels for minutes
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # MLX's own failures are RuntimeErrors
             raise Broken(f"mlx-lm cannot run it: {type(error).__name__}: {error}") from error
         gc.collect()
         gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
 
+    def one_token(self) -> Iterator[None]:
+        """Generate one token for nobody, step by step, in a generator that has no rows. Neither prefixes nor counters see it."""
+        self.generator.insert([list(self.greeting)], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(self.greeting))])
+        while not self.generator.next()[1]:
+            yield
+
     def turn(self) -> None:
         """Take what is in the inbox, waiting for it if there is nothing to do, and step."""
         tick = Tick(time.monotonic_ns())
-        if not self.rows and self.inbox.empty():
-            mx.clear_cache()  # an idle engine keeps no buffers
         while not self.rows or not self.inbox.empty():
-            act, row = self.inbox.get()
-            act(row, tick)
+            if not self.rows and self.inbox.empty():
+                mx.clear_cache()  # an idle engine keeps no buffers
+            self.inbox.get()(tick)
         tick.began_ns = time.monotonic_ns()
         self.step(tick)
         tick.ended_ns = time.monotonic_ns()
@@ -200,7 +226,6 @@ class Batch:
         )
         row.done = cached
         self.rows[row.uid] = row
-        self.counters.running = len(self.rows)
         tick.accepted.append((row, cached))
 
     def remove(self, row: Row, tick: Tick) -> None:
@@ -209,8 +234,16 @@ class Batch:
         for cache, tokens in self.generator.remove([row.uid], return_prompt_caches=True).values():
             if row.done:
                 self.prefixes.store(tokens, cache)
-        self.counters.running = len(self.rows)
         self.counters.finished += 1
+        self.left += 1
+
+    def sing(self, tick: Tick) -> None:
+        """The canary. With rows in the batch there is work that shows as much."""
+        if not self.rows:
+            for _ in self.one_token():
+                pass
+        self.counters.canaries += 1
+        self.left += 1
 
     def step(self, tick: Tick) -> None:
         """One step of every row: a token for those that generate, a share of the prefill budget for the others."""
@@ -235,8 +268,8 @@ class Batch:
             if response.finish_reason:
                 del self.rows[response.uid]
                 self.prefixes.store(response.all_tokens, response.prompt_cache)
-                self.counters.running = len(self.rows)
                 self.counters.finished += 1
+                self.left += 1
         self.counters.emitted += len(tokens)
 
 

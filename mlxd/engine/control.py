@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 import mlxd
 from mlxd import link, messages
@@ -35,6 +36,8 @@ class Engine:
         self.model: str | None = None
         self.service: Service | None = None
         self.proven = False
+        self.told = Counters()
+        self.done, self.idle_since = 0, 0.0  # jobs and canaries that have ended, and since when nothing has moved that number
 
     async def run(self) -> None:
         """Never returns."""
@@ -80,6 +83,7 @@ class Engine:
         self.service = Service(self.batch, opened, loaded, self.settings.config.engine.text_s, self.overdue)
         Path(self.settings.socket).unlink(missing_ok=True)
         await self.service.serve(self.settings.socket)
+        self.idle_since = self.loop.time()
         self.link.send(Ready(self.model))
         log.info("ready: %s, context %d tokens", self.model, opened.context_length)
 
@@ -102,17 +106,34 @@ class Engine:
     # --- beats and the end ---------------------------------------------------------------------------------------------
 
     def counters(self) -> Counters:
-        """MLX's memory counters are plain reads of its allocator; no stream is touched."""
-        counters = self.batch.counters
-        counters.waiting = self.service.unprepared.qsize() if self.service else 0
-        counters.active_bytes = mx.get_active_memory()
-        counters.peak_bytes = mx.get_peak_memory()
-        counters.cache_bytes = self.batch.prefixes.bytes
-        return counters
+        """How far we are. What the model thread has in hand is counted by us: it may hang.
+
+        MLX's memory counters are plain reads of its allocator; no stream is touched."""
+        batch, service = self.batch, self.service
+        running = batch.held + (service.unadmitted if service else 0)
+        self.told = msgspec.structs.replace(
+            batch.counters,
+            running=running,
+            waiting=service.unprepared.qsize() if service else 0,
+            prefilling=max(0, running - batch.decoding),
+            finished=batch.counters.finished + (service.rowless if service else 0),
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            cache_bytes=batch.prefixes.bytes,
+        )
+        return self.told
 
     def pulse(self) -> None:
-        if self.service:
-            self.service.pulse(self.batch.counters)
+        """Beside each beat: the same for the servers, and for an engine that idles, from time to time, a canary."""
+        if self.service is None:
+            return
+        self.service.pulse(self.told)
+        now = self.loop.time()
+        done = self.told.finished + self.told.canaries
+        if self.told.running or done != self.done:
+            self.done, self.idle_since = done, now
+        elif self.settings.config.health.canary_s and now - self.idle_since >= self.settings.config.health.canary_s:
+            self.batch.probe()
 
     async def drained(self) -> None:
         if self.service:

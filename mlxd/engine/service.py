@@ -29,6 +29,8 @@ MAX_UNREAD_BYTES = 64 * 1024 * 1024
 #: 1 MB takes a second to tokenise, and truncation may do it four times; what is too long to be tokenised is only rendered.
 TEXT_S_PER_BYTE = 4e-6
 RENDER_S_PER_BYTE = 2e-7
+#: No single text may take longer: an engine that has work and shows nothing for 120 s is taken for stalled.
+MOST_TEXT_S = 100.0
 
 
 class Connection:
@@ -111,6 +113,7 @@ class Service:
         self.unprepared: asyncio.Queue[Job] = asyncio.Queue()
         self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self.job_ended = asyncio.Event()
+        self.rowless = 0  # jobs that ended without a row in the batch
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -145,6 +148,11 @@ class Service:
         else:
             connection.jobs[message.job] = job = Job(connection, message)
             self.unprepared.put_nowait(job)
+
+    @property
+    def unadmitted(self) -> int:
+        """Jobs without a row: what their prompts are waits for, or is in, the text thread."""
+        return sum(job.row is None for connection in self.connections for job in connection.jobs.values())
 
     def pulse(self, counters: messages.Counters) -> None:
         for connection in self.connections:
@@ -185,7 +193,7 @@ class Service:
     def limit_s(self, job: Job) -> float:
         """How long the text of a job may take: no more of it is tokenised than could fit the context."""
         tokenised = min(job.size_bytes, BYTES_PER_TOKEN * self.loaded.context_length)
-        return self.text_s + TEXT_S_PER_BYTE * tokenised + RENDER_S_PER_BYTE * job.size_bytes
+        return min(self.text_s + TEXT_S_PER_BYTE * tokenised + RENDER_S_PER_BYTE * job.size_bytes, max(self.text_s, MOST_TEXT_S))
 
     def prepare(self, job: Job) -> None:
         """In the text thread. Raises Refused."""
@@ -271,7 +279,9 @@ class Service:
     def end(self, job: Job) -> None:
         """No more events of this job; its place in the batch, if it has one, is free."""
         job.ended = True
-        if job.row is not None:
+        if job.row is None:
+            self.rowless += 1
+        else:
             self.batch.drop(job.row)
         self.job_ended.set()
 
