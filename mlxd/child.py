@@ -22,21 +22,22 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
+from mlxd import causes
 from mlxd.config import Config
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
-from mlxd.messages import Bye, Counters, ExitRecord
+from mlxd.messages import Bye, Counters, ExitRecord, Tuning
 from mlxd.paths import Paths, open_log, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
-#: Last words of a child that an exit record keeps (Ollama keeps as much).
+#: Last words of a child that an exit record keeps (Ollama keeps as much), and those that are looked at: faulthandler's stacks of all threads
+#: come after what tells why.
 LAST_WORDS_BYTES = 8 * 1024
+JUDGED_BYTES = 64 * 1024
 #: A kill counts as the machine's own when less than this part of memory was left.
 LOW_MEMORY = 0.05
 #: Over this footprint a KILL is followed by a look whether the memory came back.
 HEAVY_BYTES = 2 * 1024**3
-#: sysexits' EX_CONFIG: a retry would fail the same way.
-EX_CONFIG = 78
 
 #: What a child may know of our environment: no tokens, no keys.
 ENVIRONMENT = frozenset(
@@ -69,6 +70,7 @@ class Child:
     restarts: int = 0
     trial: bool = False
     died_of: str = ""  # the cause of the last death
+    tuning: Tuning = Tuning()  # what the next engine of this model gets less of
     ordered: bool = False  # mlxd ends this process for reasons that are not its fault
     problems: list[str] = field(default_factory=list)  # what the server told with its `ready`
     refusal: str | None = None  # the engine's own sentence why this model cannot be loaded
@@ -92,6 +94,8 @@ class Child:
     memory_bytes: int = 0
     bye: Bye | None = None
     log_start: int = 0
+    oom_kills: int = 0
+    dump: str = ""  # where its stacks go
 
     @property
     def name(self) -> str:
@@ -110,6 +114,7 @@ class Child:
         Its own session, so that neither a terminal's Ctrl-C nor whoever kills us reaches it unasked; no fork hooks.
         """
         Path(settings.stack).unlink(missing_ok=True)
+        self.dump = settings.stack
         log = open_log(settings.log)
         self.log_start = os.fstat(log).st_size
         ours, theirs = socket.socketpair()
@@ -136,11 +141,15 @@ class Child:
         # The loop reaps by waitpid; a Popen that is garbage collected unreaped would let the next one steal the status.
         self.process.returncode = 0
         self.since = self.beat_at = self.progress_at = now
+        self.oom_kills = oom_kills()
         self.identity = start_identity(self.pid) or 0.0
         return ours
 
     def observe(self, counters: Counters, now: float) -> None:
-        """A beat: the loop turns, and this is how far it is."""
+        """A beat: the loop turns, and this is how far it is. A stack that was asked for meanwhile is of no interest any more."""
+        if self.suspect and not self.suspicion:
+            with contextlib.suppress(OSError):
+                os.truncate(self.dump, 0)
         if counters.progress != self.counters.progress or not counters.running:
             self.progress_at = now
         self.counters, self.beat_at, self.suspect = counters, now, False
@@ -149,7 +158,7 @@ class Child:
         """Do what `dead`, which has no process, was for; its record comes with it, and it is for nothing any more."""
         self.model, self.directory, self.preload, self.released = dead.model, dead.directory, dead.preload, dead.released
         self.restarts, self.counted, self.deaths = dead.restarts + 1, dead.counted, dead.deaths
-        self.trial, self.died_of = dead.trial, dead.died_of
+        self.trial, self.died_of, self.tuning = dead.trial, dead.died_of, dead.tuning
         dead.model, dead.wanted = None, False
 
     def signal(self, number: int) -> None:
@@ -181,23 +190,24 @@ class Child:
         the slot is free for the next process."""
         number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
         code = os.WEXITSTATUS(status) if status is not None and os.WIFEXITED(status) else None
-        words = error or last_words(paths.log(self.name), self.log_start)
+        words = error or last_words(paths.log(self.name), self.log_start, JUDGED_BYTES)
         stack = read_small(paths.dump(self.name), 64 * 1024)
         memory = psutil.virtual_memory()
-        starved = number == signal.SIGKILL and not self.suspicion and memory.available < LOW_MEMORY * memory.total
-        cause = self.cause(number, code, starved, words, error)
+        starved = number == signal.SIGKILL and (memory.available < LOW_MEMORY * memory.total or oom_kills() > self.oom_kills)
+        intended = self.ordered or not self.wanted
+        cause, line = causes.judge(causes.End(number, code, self.suspicion, intended, self.bye, starved, words))
         death = Death(
             wanted=self.wanted,
-            ordered=self.ordered or cause == "deadline",
-            unfit=self.hold_cause == "fault" or code == EX_CONFIG,
+            ordered=self.ordered or cause is causes.DEADLINE,
+            unfit=self.hold_cause == "fault" or code == causes.EX_CONFIG,
             productive=self.ready_at is not None
             and (
                 self.counters.finished > self.at_ready.finished
                 or self.counters.emitted >= self.at_ready.emitted + PRODUCTIVE_TOKENS
             ),
-            pressure=cause == "memory",
-            # TERM from somebody else: a server ends by itself then, and says so.
-            outside=not self.suspicion and (number in (signal.SIGKILL, signal.SIGTERM) or cause == "stopped"),
+            pressure=cause.pressure,
+            outside=cause.outside,
+            rest_s=cause.rest_s,
         )
         if number == signal.SIGKILL and self.memory_bytes > HEAVY_BYTES:
             self.lost_bytes = self.memory_bytes
@@ -207,13 +217,13 @@ class Child:
             slot=self.slot,
             pid=self.pid or 0,
             model=self.model,
-            cause=cause,
+            cause=cause.name,
             signal=number,
             code=code if code is not None or number is not None else 127,
             up_s=round(now - self.since, 3) if self.pid else 0.0,
             memory_bytes=self.memory_bytes,
             running=self.counters.running,
-            text=words if self.bye is None or not self.bye.text else self.bye.text[-LAST_WORDS_BYTES:],
+            text=(self.bye.text if self.bye is not None and self.bye.text else told(words, line))[-LAST_WORDS_BYTES:],
             stack=stack.decode(errors="replace") if stack else None,
         )
         if self.link is not None:
@@ -223,41 +233,17 @@ class Child:
         self.ordered = self.suspect = False
         self.suspicion = ""
         self.deaths = [t for t in self.deaths if t > now - 3600] + [now]
-        self.died_of = cause
+        self.died_of = cause.name
         if death.counts and death.wanted:
             self.counted.append(now)
         return death, record
-
-    def cause(self, number: int | None, code: int | None, starved: bool, words: str, error: str) -> str:
-        """One word for the exit record; a person's own words follow in its text."""
-        if error:
-            return "spawn"
-        if self.suspicion:
-            return self.suspicion
-        if self.ordered or not self.wanted:
-            return "stopped"
-        if self.bye is not None:
-            return self.bye.cause
-        if starved or "Insufficient Memory" in words or "MemoryError" in words:
-            return "memory"
-        if number is not None:
-            named: dict[int, str] = {
-                signal.SIGKILL: "killed",
-                signal.SIGTERM: "terminated",
-                signal.SIGABRT: "aborted",
-                signal.SIGSEGV: "segfault",
-                signal.SIGBUS: "segfault",
-            }
-            return named.get(number, "signal")
-        if code == EX_CONFIG:
-            return "configuration"
-        return "exited" if code == 0 else "error"
 
     def measure(self) -> None:
         """Bring `memory_bytes` up to date. A process that is ending has none left to see: what it had is what counts. Of a heavy one, what was
         available beside it is remembered, too: Linux gives the memory back before it tells of the end."""
         if self.pid is not None and (seen := footprint(self.pid)):
             self.memory_bytes = seen
+            self.oom_kills = oom_kills()
             if seen > HEAVY_BYTES:
                 self.available_bytes = psutil.virtual_memory().available
 
@@ -303,6 +289,15 @@ def darwin_footprint(pid: int) -> int:
     return int(usage[2 + 7]) if libproc().proc_pid_rusage(pid, 2, usage) == 0 else 0
 
 
+def oom_kills() -> int:
+    """How many processes Linux has killed for want of memory since boot, in any cgroup; 0 elsewhere. By the time we hear of such an end the
+    memory is back."""
+    try:
+        return int(Path("/proc/vmstat").read_bytes().partition(b"\noom_kill ")[2].partition(b"\n")[0])
+    except (OSError, ValueError):
+        return 0
+
+
 @functools.cache
 def libproc() -> Any:
     import ctypes
@@ -310,13 +305,19 @@ def libproc() -> Any:
     return ctypes.CDLL("/usr/lib/libproc.dylib")
 
 
-def last_words(log: Path, start: int) -> str:
-    """The end of what a process wrote to its log since `start`, at most LAST_WORDS_BYTES."""
+def told(words: str, line: str) -> str:
+    """The last words, with the line that told why if they are too many to be kept."""
+    end = words[-LAST_WORDS_BYTES:]
+    return end if line in end else f"{line}\n...\n{words[len(line) + 5 - LAST_WORDS_BYTES :]}"
+
+
+def last_words(log: Path, start: int, most_bytes: int) -> str:
+    """The end of what a process wrote to its log since `start`, at most `most_bytes`."""
     try:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(min(start, size), size - LAST_WORDS_BYTES))
-            return file.read(LAST_WORDS_BYTES).decode(errors="replace").strip()
+            file.seek(max(min(start, size), size - most_bytes))
+            return file.read(most_bytes).decode(errors="replace").strip()
     except OSError:
         return ""
 

@@ -59,7 +59,7 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
     """The newest exit, without its stack and with the end of its text."""
     if record is None:
         return None
-    kept = ("ts", "child", "pid", "model", "cause", "signal", "code", "up_s")
+    kept = ("ts", "child", "pid", "model", "cause", "signal", "code", "up_s", "remedy")
     return {key: getattr(record, key) for key in kept} | {"text": record.text[-MAX_TEXT:]}
 
 

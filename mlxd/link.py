@@ -101,7 +101,7 @@ def child_settings() -> ChildSettings:
 def become_child(settings: ChildSettings) -> None:
     """First thing in a child: modes, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
     os.umask(0o077)
-    stack = os.open(settings.stack, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    stack = os.open(settings.stack, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     # Dumps even while native code holds the interpreter lock, where no Python handler would run.
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True, chain=False)
     faulthandler.enable(file=2, all_threads=True)

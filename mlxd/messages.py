@@ -46,8 +46,21 @@ class Counters(Struct, kw_only=True):
         return self.prefilled, self.emitted, self.finished, self.loaded, self.canaries
 
 
+class Tuning(Struct, frozen=True):
+    """What an engine gets less of than is configured, since an earlier one of its model died. None: as configured.
+
+    `cache_share`: of the prefix cache that it would have. `why`: what the earlier one died of, a sentence without its subject.
+    """
+
+    prefill_tokens: int | None = None
+    max_concurrent: int | None = None
+    cache_share: float = 1.0
+    why: str = ""
+
+
 class ExitRecord(Struct, kw_only=True):
-    """How a child ended. `signal` and `code`: exactly one is an int. `text` ends with the child's last words."""
+    """How a child ended. `signal` and `code`: exactly one is an int. `text` ends with the child's last words. `remedy`: what happened and
+    what is done about it, or what a person can do, in words."""
 
     ts: str
     child: str
@@ -62,6 +75,7 @@ class ExitRecord(Struct, kw_only=True):
     running: int
     text: str
     stack: str | None = None
+    remedy: str = ""
 
 
 # --- the link: child -> supervisor --------------------------------------------------------------------------------------
@@ -170,6 +184,7 @@ class Load(Struct, tag="load", tag_field="word"):
 
     model: str
     directory: str
+    tuning: Tuning = Tuning()
 
 
 class Stop(Struct, tag="stop", tag_field="word"):

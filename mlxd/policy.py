@@ -222,7 +222,8 @@ class Death:
 
     `wanted`: its owner still wants one. `ordered`: mlxd ended it for reasons that are not its fault. `unfit`: it said, or its exit status
     says, that it would fail the same way again. `productive`: since READY it finished a request or emitted 16 tokens.
-    `pressure`: there is evidence that memory ran out. `outside`: KILL or TERM came from somebody else, without such evidence.
+    `pressure`: there is evidence that memory ran out. `outside`: KILL or TERM came from somebody else, without such evidence. `rest_s`: the
+    next try is not before.
     """
 
     wanted: bool = True
@@ -231,6 +232,7 @@ class Death:
     productive: bool = False
     pressure: bool = False
     outside: bool = False
+    rest_s: float = 0.0
 
     @property
     def counts(self) -> bool:
@@ -256,7 +258,7 @@ def verdict(death: Death, counted: list[float], trial: bool, now: float, limits:
     if death.counts:
         recent = sum(1 for t in counted if t > now - limits.window_s)
         return E.HOPELESS if trial or recent >= limits.deaths else E.FAILED
-    if death.outside and not death.productive and not death.ordered:
+    if (death.rest_s or (death.outside and not death.productive)) and not death.ordered:
         return E.FAILED
     return E.DIED
 
@@ -267,9 +269,9 @@ def delay(death: Death, event: Event, counted: int, chance: float, limits: Limit
     if event is E.HOPELESS:
         return limits.cooldown_s
     if not death.counts:
-        return DISTURBED_S
+        return max(DISTURBED_S, death.rest_s)
     grown = limits.backoff_first_s * 2.0 ** min(max(counted - 1, 0), 30)
-    return min(grown, limits.backoff_most_s) * (0.8 + 0.4 * chance)
+    return max(min(grown, limits.backoff_most_s) * (0.8 + 0.4 * chance), death.rest_s)
 
 
 class Health(Enum):

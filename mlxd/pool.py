@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-from mlxd import messages
+from mlxd import causes, messages
 from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Entry
@@ -32,7 +32,7 @@ MOST_UNREAD = 8192
 ROOM = 1.2
 #: Ends of an engine that are not the fault of those who lose it: somebody outside, or mlxd itself, ended it; "deadline": the guilty
 #: request was answered; "": only the connection broke.
-FAULTLESS = ("killed", "terminated", "stopped", "deadline", "")
+FAULTLESS = causes.FAULTLESS | {""}
 
 State = Literal["absent", "loading", "ready", "retried", "releasing"]
 

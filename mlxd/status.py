@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mlxd import __version__, policy
+from mlxd import __version__, causes, policy
 from mlxd.child import Child, footprint
 from mlxd.policy import State
 
@@ -61,6 +61,8 @@ def problems(s: Supervisor) -> Iterator[str]:
             yield f"{engine.title} died ({engine.died_of}); {next_try(s, engine)}"
         elif engine.state is not State.READY and engine.deaths and engine.wanted:
             yield f"{engine.title} died ({engine.died_of}) and is being replaced"
+        if less := causes.in_words(engine.tuning):
+            yield f"{engine.title} {engine.tuning.why}; it now runs with {less}"
     window = s.config.supervisor.window_s
     for one in s.children():
         recent = sum(1 for t in one.deaths if t > s.loop.time() - window)

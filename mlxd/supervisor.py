@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from mlxd import __version__, child, config, control, leftovers, link, messages, monitor, paths, policy, status
+from mlxd import __version__, causes, child, config, control, leftovers, link, messages, monitor, paths, policy, status
 from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
@@ -214,7 +214,7 @@ class Supervisor:
                 self.spawn(one)
             case Action.ORDER if one.link is not None and one.model is not None:
                 self.boots.begin(one.model)
-                one.link.send(messages.Load(one.model, one.directory))
+                one.link.send(messages.Load(one.model, one.directory, one.tuning))
             case Action.DRAIN if one.link is not None:
                 one.link.send(messages.Drain(one.drain_s) if one.kind == "server" else messages.Stop())
             case Action.TERMINATE:
@@ -358,6 +358,7 @@ class Supervisor:
         if one.refusal is not None or one in self.retired:
             one.wanted = False
         death, record = one.buried(status, now, self.paths, error)
+        self.ease(one, record)
         limits = self.config.supervisor
         event = policy.verdict(death, one.counted, one.trial, now, limits)
         if event is Event.UNFIT and not one.hold:
@@ -377,6 +378,13 @@ class Supervisor:
                 self.boots.end_trial(one.model)
         self.handle(one, Event.GONE if event is Event.DIED and self.hand_over(one) else event)
         self.remember()
+
+    def ease(self, one: Child, record: ExitRecord) -> None:
+        """Let the next engine of the model have less of what this one died of."""
+        cause, settings = causes.CAUSES[record.cause], self.config
+        if one.kind == "engine" and one.model is not None and one.wanted:
+            one.tuning = causes.eased(one.tuning, cause, settings.engine.prefill_tokens, settings.server.max_concurrent)
+        record.remedy = causes.remedy(cause, one.tuning)
 
     def hand_over(self, dead: Child) -> bool:
         """Load the model of an engine that has no process into the spare, which has its imports behind it. False: there is none."""
@@ -421,7 +429,8 @@ class Supervisor:
 
     def record(self, record: ExitRecord) -> None:
         how = f"signal {record.signal}" if record.signal is not None else f"status {record.code}"
-        log.info("%s pid %d ended: %s (%s) after %.1f s", record.child, record.pid, record.cause, how, record.up_s)
+        ended = f"{record.child} pid {record.pid} ended: {record.cause} ({how}) after {record.up_s:.1f} s"
+        log.info("%s: it %s", ended, record.remedy)
         self.exits.add(record)
         self.tell_servers(messages.Exited(record))
 
@@ -629,6 +638,7 @@ class Supervisor:
             if one.state is State.READY and one.ready_at and now - one.ready_at > limits.healthy_s:
                 one.counted.clear()
                 one.trial = False
+                one.tuning = messages.Tuning()
                 if one.model is not None:
                     self.boots.pass_trial(one.model)
             if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
@@ -811,6 +821,7 @@ class Supervisor:
         """A new process in place of this one, and nothing of its past held against it."""
         one.counted.clear()
         one.trial = False
+        one.tuning = messages.Tuning()
         self.handle(one, Event.RENEWED)
         one.ordered = one.state in LEAVING
 

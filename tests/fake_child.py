@@ -27,6 +27,7 @@ from mlxd import __version__, link, messages
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--say", default="", help="written to stderr first")
+    parser.add_argument("--say-file", help="what this file holds is written to stderr first")
     parser.add_argument("--exit", type=int, help="exit with this status after hello")
     parser.add_argument("--exit-at-once", type=int, help="exit with this status before hello")
     parser.add_argument("--exit-loading", type=int, help="exit with this status 0.1 s into the load")
@@ -225,6 +226,8 @@ def main() -> None:
     how = parse()
     if how.say:
         print(how.say, file=sys.stderr, flush=True)
+    if how.say_file:
+        print(Path(how.say_file).read_text(), file=sys.stderr, flush=True)
     if how.ignore_term:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     asyncio.run(FakeChild(how, settings).run())

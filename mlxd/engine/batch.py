@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import queue
+import resource
 import threading
 import time
 import traceback
@@ -114,6 +115,7 @@ class Batch:
         self.prefixes = PrefixIndex(0)  # until the model is loaded and says how much
         self.generator: Any = None
         self.snapshots = False
+        self.prefill_tokens = config.engine.prefill_tokens
         self.admitted = self.left = 0
 
     # --- for other threads -------------------------------------------------------------------------------------------
@@ -176,15 +178,22 @@ class Batch:
         except Exception as error:
             if "alloc" in str(error):  # MLX has no class for it: "[malloc] Unable to allocate N bytes."
                 raise
+            if "[read]" in str(error) and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+                # The files are as long as they say, and MLX's CPU allocator does not look at what malloc gives it.
+                raise MemoryError("the weights do not fit this process's address space (ulimit -v)") from error
             raise Broken(f"mlx-lm cannot load it: {type(error).__name__}: {error}") from error
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
-        self.prefixes.max_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
+        tuning = load.tuning
+        most = tuning.max_concurrent or self.config.server.max_concurrent
+        self.prefill_tokens = tuning.prefill_tokens or self.prefill_tokens
+        prefix_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
+        self.prefixes.max_bytes = int(prefix_bytes * tuning.cache_share)
         self.generator = generate.BatchGenerator(
             model,
             stop_tokens=[(token,) for token in sorted(tokenizer.eos_token_ids)],
-            completion_batch_size=self.config.server.max_concurrent,
-            prefill_batch_size=self.config.server.max_concurrent,  # the budget of tokens bounds a step, not the rows
-            prefill_step_size=self.config.engine.prefill_tokens,
+            completion_batch_size=most,
+            prefill_batch_size=most,  # the budget of tokens bounds a step, not the rows
+            prefill_step_size=self.prefill_tokens,
         )
         self.generator.close()  # puts the wired limit back, which making it has set, and is all that it does
         self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
@@ -248,10 +257,10 @@ class Batch:
     def step(self, tick: Tick) -> None:
         """One step of every row: a token for those that generate, a share of the prefill budget for the others."""
         generator = self.generator
+        # Rows in prefill have their caches, too: with those in generation they are no more than may run at once; the others wait.
+        generator.prefill_batch_size = generator.completion_batch_size - len(generator._generation_batch)
         prefilling = len(generator._prompt_batch) + len(generator._unprocessed_sequences)
-        generator.prefill_step_size = max(
-            1, self.config.engine.prefill_tokens // max(1, min(prefilling, generator.prefill_batch_size))
-        )
+        generator.prefill_step_size = max(1, self.prefill_tokens // max(1, min(prefilling, generator.prefill_batch_size)))
         prompts, tokens = generator.next()
         for response in prompts:
             row = self.rows[response.uid]
