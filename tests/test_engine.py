@@ -777,3 +777,52 @@ def test_a_template_that_never_ends_fails_its_request_and_the_engine(tmp_path: P
         bye = process.word(Bye)
         assert (bye.cause, bye.text) == ("deadline", result.failed.message)
         assert process.wait() == 70
+
+
+# --- output that is none -----------------------------------------------------------------------------------------------------
+
+#: What the embedding of token 500 becomes, and so the output after it. The greeting does not hold it.
+WRONG = {"nan": float("nan"), "infinite": float("inf"), "all equal": 0.0}
+
+
+def spoil_row(model: Path, name: str, row: int, value: float) -> Path:
+    import mlx.core as mx
+
+    file = str(model / "model.safetensors")
+    weights = dict(mx.load(file))
+    weights[name][row] = value
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("neighbours", [0, 3])
+@pytest.mark.parametrize("value", WRONG)
+def test_output_that_is_no_numbers_is_never_told(tmp_path: Path, value: str, neighbours: int, temperature: float) -> None:
+    model = make_tiny_model(tmp_path / "m", config={"tie_word_embeddings": False, "max_position_embeddings": 100_000})
+    asked = [
+        {"prompt_ids": [9 + n] * 5, "sampling": Sampling(seed=n, temperature=5.0), "max_tokens": 400} for n in range(neighbours)
+    ]
+    with EngineProcess(tmp_path / "a") as process, process.load(model).connect() as wire:
+        expected = [wire.ask(**fields).ids for fields in asked]
+        guilty = {"prompt_ids": [500] * 4, "sampling": Sampling(seed=1, temperature=temperature), "max_tokens": 9}
+        assert wire.ask(**guilty).done is not None
+    spoil_row(model, "model.embed_tokens.weight", 500, WRONG[value])
+    with EngineProcess(tmp_path / "b") as process, process.load(model).connect() as wire:
+        jobs = [wire.submit(**fields) for fields in asked]
+        wire.until(lambda: all(wire.results[job].ids for job in jobs))
+        last = wire.submit(**guilty)
+        with pytest.raises(AssertionError, match="None from the engine"):
+            wire.finish([last])
+        assert (wire.results[last].ids, wire.results[last].text) == ([], "")
+        for job, ids in zip(jobs, expected, strict=True):
+            assert wire.results[job].ids == ids[: len(wire.results[job].ids)]
+        bye = process.word(Bye)
+        assert (bye.cause, bye.text) == ("error", "the model gave no numbers, or the same for every token")
+        assert process.wait() == 70
+
+
+def test_a_model_that_never_gives_numbers_is_refused(tmp_path: Path) -> None:
+    model = spoil_row(make_tiny_model(tmp_path / "m"), "model.norm.weight", 3, float("nan"))
+    assert refusal(tmp_path, model) == "the model gave no numbers, or the same for every token"

@@ -18,7 +18,7 @@ import mlxd
 from mlxd.config import Config
 from mlxd.engine import sampling
 from mlxd.engine.batch import Batch, Ended, Opened, Row, Tick
-from mlxd.engine.sampling import Draw, KeyedBatch, Plan, generate, uniform
+from mlxd.engine.sampling import Draw, KeyedBatch, Plan, are_sound, bounds, generate, uniform
 from mlxd.messages import Load, Sampling
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
@@ -247,3 +247,13 @@ def test_the_wired_limit_is_left_as_it_was() -> None:
     assert source.count("self.") == source.count("self._old_wired_limit") + source.count("self._stream")
     assert "self.generator.close()" in inspect.getsource(Batch.open)
     assert sampling.generate.BatchGenerator is generate.BatchGenerator
+
+
+@pytest.mark.parametrize("kind", [mx.float32, mx.float16, mx.bfloat16])
+def test_only_rows_that_nothing_can_be_drawn_from_are_unsound(kind: mx.Dtype) -> None:
+    good = [[0.0, 1.0, 2.0, 3.0], [-math.inf, -math.inf, -5.0, -4.0], [1.0, 1.0, 1.0, 1.5]]
+    bad = [[0.0, math.nan, 2.0, 3.0], [math.nan] * 4, [0.0, math.inf, 1.0, 2.0], [0.0] * 4, [7.0] * 4, [-math.inf] * 4]
+    assert are_sound(*bounds(mx.array(good, kind)))
+    for row in bad:
+        assert not are_sound(*bounds(mx.array([*good, row], kind)))
+        assert not are_sound(*bounds(mx.array([row, *good], kind)))

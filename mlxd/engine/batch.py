@@ -27,7 +27,7 @@ from mlx_lm.models import cache as row_caches
 
 from mlxd.config import Config
 from mlxd.engine.prefix import PrefixIndex
-from mlxd.engine.sampling import Draw, generate
+from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
 from mlxd.messages import Counters, Load, Sampling
 from mlxd.modelfiles import Broken
@@ -159,6 +159,8 @@ class Batch:
                     self.turn()
         except Broken as error:
             self.post(Ended("refused", without_paths(str(error), load, view)))
+        except WrongOutput as error:
+            self.post(Ended("error", str(error)))
         except Exception as error:
             traceback.print_exc()
             self.post(Ended("error", f"{type(error).__name__}: {error}"))
@@ -205,6 +207,8 @@ class Batch:
         try:
             for _ in self.one_token():
                 self.counters.loaded += 1  # a first step may compile kernels for minutes
+        except WrongOutput as error:
+            raise Broken(str(error)) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # MLX's own failures are RuntimeErrors
             raise Broken(f"mlx-lm cannot run it: {type(error).__name__}: {error}") from error
         gc.collect()

@@ -26,6 +26,10 @@ MOST_INVERSE = 1e30
 NO_TOP_K = 2**31 - 1
 
 
+class WrongOutput(Exception):
+    """What the model gave are no logits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """How one row draws: `prompt_length` tokens came before its position 0. Stands in mlx-lm's list of samplers, one per row."""
@@ -113,6 +117,16 @@ class Plan:
         return mx.where(self.ranked_rows, mx.take_along_axis(top, kept - 1, axis=-1), -math.inf)
 
 
+def bounds(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """The least and the greatest logit of each row, not evaluated; NaN if there is one in the row."""
+    return mx.min(logits, axis=-1), mx.max(logits, axis=-1)
+
+
+def are_sound(least: mx.array, most: mx.array) -> bool:
+    """Whether every row can be drawn from: no NaN, no infinity, not the same number everywhere. Minus infinity may mask a part of it."""
+    return all(low < high < math.inf for low, high in zip(least.tolist(), most.tolist(), strict=True))  # type: ignore[arg-type, operator]
+
+
 def column(values: list[float]) -> mx.array:
     return mx.array(values, mx.float32)[:, None]
 
@@ -142,17 +156,34 @@ class KeyedBatch(generate.GenerationBatch):  # type: ignore[misc, name-defined]
 
     plan: Plan | None = None
     _next_tokens: mx.array
+    #: The bounds of the logits that `_next_tokens` were drawn from; one more for each `extend`.
+    checks: tuple[tuple[mx.array, mx.array], ...] = ()
+
+    def extend(self, batch: KeyedBatch) -> None:
+        super().extend(batch)
+        self.checks += batch.checks
+
+    def filter(self, keep: list[int]) -> None:
+        super().filter(keep)
+        if not keep:
+            self.checks = ()  # nobody will read those tokens
 
     def _step(self) -> tuple[list[int], list[Any]]:
-        """Start the next step and give the tokens of the one before: MLX computes while Python delivers."""
-        inputs = self._next_tokens
+        """Start the next step and give the tokens of the one before: MLX computes while Python delivers.
+
+        Raises WrongOutput when those tokens mean nothing.
+        """
+        inputs, checks = self._next_tokens, self.checks
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         if self.plan is None or not self.plan.fits(self.samplers):
             self.plan = Plan(self.samplers, [len(row) for row in self.tokens])
         self._next_tokens = self.plan.draw(logits)
         self._next_logprobs = [None] * len(self.uids)
-        mx.async_eval(self._next_tokens)  # type: ignore[no-untyped-call]
+        self.checks = (bounds(logits),)
+        mx.async_eval(self._next_tokens, *self.checks[0])  # type: ignore[no-untyped-call]
         tokens: list[int] = inputs.tolist()  # type: ignore[assignment]
+        if not all(are_sound(*check) for check in checks) or max(tokens) >= logits.shape[-1]:
+            raise WrongOutput("the model gave no numbers, or the same for every token")
         for row, token in zip(self.tokens, tokens, strict=True):
             row.append(token)
         return tokens, self._next_logprobs
