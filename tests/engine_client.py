@@ -319,3 +319,15 @@ def make_tiny_model(
     weights = {name: w * 3 if w.ndim > 1 else w for name, w in tree_flatten(model.parameters())}
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
     return directory
+
+
+def spoil_row(model: Path, name: str, row: int, value: float) -> Path:
+    """Give all of one row of a model's weights this value. Returns `model`."""
+    import mlx.core as mx
+
+    file = str(model / "model.safetensors")
+    weights = dict(mx.load(file))
+    weights[name][row] = value
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
+    return model

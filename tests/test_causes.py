@@ -253,7 +253,7 @@ def test_an_engine_whose_weights_do_not_fit_its_address_space_dies_of_memory(tmp
         process.word(messages.Hello)
         process.say(messages.Load("m", str(model)))
         bye = process.word(Bye)
-        assert bye.cause == "error"
+        assert bye.cause == "error", bye
         status = process.wait()
         assert causes.judge(End(code=status, bye=bye))[0] is causes.MEMORY
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_client import DEADLINE_S, GREEDY, EngineProcess, Result, Wire, make_tiny_model
+from engine_client import DEADLINE_S, GREEDY, EngineProcess, Result, Wire, make_tiny_model, spoil_row
 from known_answers import KNOWN, LONG, THINKING, UNICODE
 
 import mlxd
@@ -783,17 +783,6 @@ def test_a_template_that_never_ends_fails_its_request_and_the_engine(tmp_path: P
 
 #: What the embedding of token 500 becomes, and so the output after it. The greeting does not hold it.
 WRONG = {"nan": float("nan"), "infinite": float("inf"), "all equal": 0.0}
-
-
-def spoil_row(model: Path, name: str, row: int, value: float) -> Path:
-    import mlx.core as mx
-
-    file = str(model / "model.safetensors")
-    weights = dict(mx.load(file))
-    weights[name][row] = value
-    mx.eval(weights)
-    mx.save_safetensors(file, weights, metadata={"format": "mlx"})
-    return model
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

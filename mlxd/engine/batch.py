@@ -50,6 +50,10 @@ DEFAULT_CONTEXT = 32768
 #: MLX keeps freed buffers for the next step, as many as it may: 120 MB for a model of 1 MB.
 LEAST_CACHE_LIMIT = 16 * 1024 * 1024
 
+#: Signs, in RuntimeErrors, of a load that failed for want of memory, threads or a disk, not by the model: its files have been looked at before.
+#: MLX's CPU allocator does not look at what malloc gives it, and then a read fails.
+PASSING = ("alloc", "[read] Unable to read", "Resource temporarily unavailable")
+
 #: For prompts that come again, beside a model so small that half of its weights would hold none.
 LEAST_PREFIX_BYTES = 16 * 1024 * 1024
 
@@ -178,11 +182,10 @@ class Batch:
         except MemoryError:
             raise
         except Exception as error:
-            if "alloc" in str(error):  # MLX has no class for it: "[malloc] Unable to allocate N bytes."
+            if any(sign in str(error) for sign in PASSING):
+                if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+                    raise MemoryError(f"address space is limited (ulimit -v): {error}") from error
                 raise
-            if "[read]" in str(error) and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-                # The files are as long as they say, and MLX's CPU allocator does not look at what malloc gives it.
-                raise MemoryError("the weights do not fit this process's address space (ulimit -v)") from error
             raise Broken(f"mlx-lm cannot load it: {type(error).__name__}: {error}") from error
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
         tuning = load.tuning
