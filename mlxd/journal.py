@@ -63,7 +63,7 @@ class Entry:
         self.first_token_ns: int | None = None
         self.prompt_ids: list[int] | None = None
         self.emitted: list[int] = []
-        self.prefilled = 0
+        self.prefilled = 0  # the furthest that any engine came
         self.attempts = 0
         self.deaths = 0
         self.progressed = False
@@ -73,7 +73,6 @@ class Entry:
         request = self.request
         self.attempts += 1
         self.progressed = False
-        self.prefilled = 0
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
         known = self.prompt_ids is not None  # what an engine once tokenised is not rendered again
@@ -100,7 +99,7 @@ class Entry:
             self.progressed = True
         elif isinstance(event, Progress):
             self.progressed |= event.done > self.prefilled
-            self.prefilled = event.done
+            self.prefilled = max(self.prefilled, event.done)
         elif isinstance(event, Accepted):
             self.prompt_ids = event.prompt_ids
 
