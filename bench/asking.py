@@ -47,9 +47,10 @@ class Question:
 
 @dataclass(eq=False)
 class Answer:
-    """`moved`: when text came, `ended`: when it was over, both of the monotonic clock. `tokens`: as the server counts them."""
+    """`asked`, `ended`, `moved` (when text came): of the monotonic clock. `tokens`: as the server counts them."""
 
     question: Question
+    asked: float = field(default_factory=time.monotonic)
     outcome: str = ""
     why: str = ""
     text: str = ""
@@ -69,7 +70,9 @@ class Answer:
             self.moved.append(time.monotonic())
 
 
-def ask(port: int, question: Question, leave_after: int | None = None, answer: Answer | None = None, timeout_s: float = 300) -> Answer:
+def ask(
+    port: int, question: Question, leave_after: int | None = None, answer: Answer | None = None, timeout_s: float = 300
+) -> Answer:
     """The answer, whatever became of it. `leave_after`: hang up after so many pieces of text; 0: as soon as it is asked.
 
     `answer`: filled while it comes, for whoever looks on.
