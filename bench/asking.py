@@ -18,7 +18,8 @@ OUTCOMES = ("answered", "failed", "refused", "left")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked and how. `seed` counts at temperatures above 0; `tokens` None: as long as the model likes."""
+    """What is asked and how. `dialect`: ollama (/api/chat), generate (/api/generate) or openai. `seed` counts at temperatures above 0;
+    `tokens` None: as long as the model likes."""
 
     text: str
     dialect: str = "ollama"
@@ -35,19 +36,26 @@ class Question:
 
     def request(self) -> tuple[str, bytes]:
         """Path and body."""
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": self.text}], "stream": self.stream}
-        if self.dialect == "ollama":
-            body["options"] = {"temperature": self.temperature, "seed": self.seed, "num_predict": self.tokens or -1}
-            return "/api/chat", json.dumps(body).encode()
-        body |= {"temperature": self.temperature, "seed": self.seed, "stream_options": {"include_usage": True}}
-        if self.tokens:
-            body["max_tokens"] = self.tokens
-        return "/v1/chat/completions", json.dumps(body).encode()
+        body: dict[str, Any] = {"model": self.model, "stream": self.stream}
+        drawn = {"temperature": self.temperature, "seed": self.seed}
+        messages = [{"role": "user", "content": self.text}]
+        if self.dialect == "openai":
+            path, body = "/v1/chat/completions", body | drawn | {"messages": messages, "stream_options": {"include_usage": True}}
+            if self.tokens:
+                body["max_tokens"] = self.tokens
+        else:
+            body["options"] = drawn | {"num_predict": self.tokens or -1}
+            path, asked = (
+                ("/api/chat", {"messages": messages}) if self.dialect == "ollama" else ("/api/generate", {"prompt": self.text})
+            )
+            body |= asked
+        return path, json.dumps(body).encode()
 
 
 @dataclass(eq=False)
 class Answer:
-    """`asked`, `ended`, `moved` (when text came): of the monotonic clock. `tokens`: as the server counts them."""
+    """`asked`, `ended`, `moved` (when text came): of the monotonic clock. `tokens`: as the server counts them.
+    `last`: the last object of the answer, or the only one."""
 
     question: Question
     asked: float = field(default_factory=time.monotonic)
@@ -55,6 +63,7 @@ class Answer:
     why: str = ""
     text: str = ""
     tokens: int = 0
+    last: dict[str, Any] = field(default_factory=dict)
     moved: list[float] = field(default_factory=list)
     ended: float = 0.0
 
@@ -117,24 +126,32 @@ def lines(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 def take(answer: Answer, message: dict[str, Any]) -> bool:
-    """One object of a stream; true at its end. Raises ValueError on an error in it."""
+    """One object of a stream; true at its end. Raises ValueError on an error in it, KeyError on something else."""
     if "error" in message:
         raise ValueError(f"an error in the stream: {json.dumps(message)[:300]}")
-    if answer.question.dialect == "ollama":
-        answer.add(message["message"]["content"])
-        answer.tokens = message.get("eval_count", 0)
-        return bool(message["done"])
-    for choice in message.get("choices", []):
-        answer.add(choice["delta"].get("content") or "")
-    if message.get("usage"):
-        answer.tokens = message["usage"]["completion_tokens"]
-    return not message
+    if message:
+        answer.last = message
+    if answer.question.dialect == "openai":
+        for choice in message.get("choices", []):
+            answer.add(choice["delta"].get("content") or "")
+        if message.get("usage"):
+            answer.tokens = message["usage"]["completion_tokens"]
+        return not message
+    answer.add(text_of(message))
+    answer.tokens = message.get("eval_count", 0)
+    return bool(message["done"])
 
 
 def take_whole(answer: Answer, message: dict[str, Any]) -> None:
-    if answer.question.dialect == "ollama":
-        answer.tokens = message["eval_count"]
-        answer.add(message["message"]["content"])
-    else:
+    answer.last = message
+    if answer.question.dialect == "openai":
         answer.tokens = message["usage"]["completion_tokens"]
         answer.add(message["choices"][0]["message"]["content"])
+    else:
+        answer.tokens = message["eval_count"]
+        answer.add(text_of(message))
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Of Ollama's two ways to answer."""
+    return str(message["response"] if "response" in message else message["message"]["content"])

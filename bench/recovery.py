@@ -18,7 +18,6 @@ import platform
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,7 @@ REFUSED_PAUSE_S = 0.5
 
 class Target(Protocol):
     name: str
+    model: str
     port: int
     dialects: tuple[str, ...]
 
@@ -76,6 +76,7 @@ class Mlxd:
     port: int
     where: paths.Paths
     name: str = "mlxd"
+    model: str = "mlxd-tiny"
     dialects: tuple[str, ...] = ("ollama", "openai")
     ends: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
@@ -102,6 +103,7 @@ class Peer:
     port: int
     supervisord: psutil.Process
     name: str = "mlx_lm.server under supervisord"
+    model: str = "default_model"
     dialects: tuple[str, ...] = ("openai",)
     seen: set[int] = field(default_factory=set)
 
@@ -158,14 +160,14 @@ def peer(program: str) -> Iterator[Target]:
 # --- the load ----------------------------------------------------------------------------------------------------------------------
 
 
-def questions(dialects: tuple[str, ...]) -> list[Question]:
+def questions(target: Target) -> list[Question]:
     """Half of them greedy, half drawn at temperature 0.8; of some 300 tokens each, so that most kills land within an answer."""
-    greedy = [Question(text, dialect) for text in LONG for dialect in dialects]
+    greedy = [Question(text, dialect, model=target.model) for text in LONG for dialect in target.dialects]
     drawn = [
-        Question(text, dialect, temperature=0.8, seed=seed, tokens=300)
+        Question(text, dialect, temperature=0.8, seed=seed, tokens=300, model=target.model)
         for text in RANDOM[:2]  # of the others a few tokens come
         for seed in range(1, 1 + len(LONG) // 2)
-        for dialect in dialects
+        for dialect in target.dialects
     ]
     return greedy + drawn
 
@@ -178,7 +180,7 @@ class Load:
         self.open: set[Answer] = set()
         self.done: list[Answer] = []
         self.stopping = threading.Event()
-        self.asked = questions(target.dialects)
+        self.asked = questions(target)
         with ThreadPoolExecutor(clients) as pool:
             undisturbed = list(pool.map(lambda question: ask(target.port, question), self.asked))
         if wrong := [answer for answer in undisturbed if answer.outcome != "answered"]:
@@ -203,6 +205,10 @@ class Load:
         """Those under way that have shown some text."""
         return [answer for answer in list(self.open) if answer.question.stream and answer.moved]
 
+    def recent(self) -> list[Answer]:
+        """Those under way, and as many of the last as there are clients."""
+        return [*list(self.open), *self.done[-len(self.clients) :]]
+
     def wrong(self, answer: Answer) -> bool:
         return answer.outcome == "answered" and answer.text != self.expected[answer.question.saying]
 
@@ -212,20 +218,25 @@ class Load:
 
 @dataclass
 class Kill:
-    """`gone`: when the process had ended; what its streams show later than that comes from its successor."""
+    """`gone`: when the process had ended; what is shown later than that comes from its successor. `back`: when that was, on any stream."""
 
     signal: str
     pid: int
     at: float
     streams: list[Answer]
     gone: float = 0.0
+    back: float | None = None
 
-    def pause_s(self, answer: Answer) -> float | None:
-        """From the kill to the next text; None: not yet, or it ended by what was already on its way, or broke."""
-        return next((moved - self.at for moved in list(answer.moved) if moved > self.gone + IN_FLIGHT_S), None)
+    def next_text(self, answer: Answer) -> float | None:
+        """None: not yet, or it ended by what was already on its way, or broke."""
+        return next((moved for moved in list(answer.moved) if moved > self.gone + IN_FLIGHT_S), None)
+
+    def pauses_s(self) -> list[float]:
+        """From the kill to the next text, of each open stream that had one."""
+        return [moved - self.at for answer in self.streams if (moved := self.next_text(answer)) is not None]
 
     def over(self) -> bool:
-        return all(answer.outcome or self.pause_s(answer) is not None for answer in self.streams)
+        return all(answer.outcome or self.next_text(answer) is not None for answer in self.streams)
 
 
 def kill_once(target: Target, load: Load, name: str, killed: set[int]) -> Kill | None:
@@ -242,7 +253,11 @@ def kill_once(target: Target, load: Load, name: str, killed: set[int]) -> Kill |
         time.sleep(0.002)
     kill.gone = time.monotonic()
     target.look()
-    while not kill.over() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if kill.back is None:
+            kill.back = min((moved for answer in load.recent() if (moved := kill.next_text(answer)) is not None), default=None)
+        if kill.back is not None and kill.over():
+            break
         time.sleep(0.01)
     return kill
 
@@ -297,17 +312,21 @@ def report(target: Target, load: Load, kills: list[Kill], killed: set[int], repl
     print(f"{target.name}: requests {len(load.done)}  failed {len(failed)}  refused {len(refused)}  wrong {len(wrong)}")
     successors = len(kills) if replaced else max(0, len(kills) - 1)
     print(f"kills {len(kills)}  replaced {successors}  false restarts: engine {engines}, server {servers}")
-    print("signal  kills  open streams  broken   pause p50       p99       max")
+    print("signal  kills  open streams  broken   pause p50       p99       max   served again p50       max")
     for name in dict.fromkeys(kill.signal for kill in kills):
         mine = [kill for kill in kills if kill.signal == name]
-        pauses = [pause for kill in mine for answer in kill.streams if (pause := kill.pause_s(answer)) is not None]
+        pauses = [pause for kill in mine for pause in kill.pauses_s()]
+        back = [kill.back - kill.at for kill in mine if kill.back is not None]
         broken = sum(answer.outcome == "failed" for kill in mine for answer in kill.streams)
-        figures = [statistics.median(pauses), percentile(pauses, 99), max(pauses)] if pauses else []
-        words = "".join(f"  {figure:6.2f} s" for figure in figures)
-        print(f"{name:6}  {len(mine):5}  {sum(len(kill.streams) for kill in mine):12}  {broken:6}    {words}")
+        words = [seconds(pauses, 50), seconds(pauses, 99), seconds(pauses, 100), " " * 9, seconds(back, 50), seconds(back, 100)]
+        print(f"{name:6}  {len(mine):5}  {sum(len(kill.streams) for kill in mine):12}  {broken:6}    {'  '.join(words)}")
     for answer in [*failed, *refused, *wrong][:3]:
         print(f"  e.g. {answer.outcome}: {answer.question.saying} {answer.why} {answer.text[-200:]!r}")
     return replaced and not (failed or refused or wrong)
+
+
+def seconds(values: list[float], percent: float) -> str:
+    return f"{percentile(values, percent):6.2f} s" if values else f"{'-':>8}"
 
 
 def main() -> None:

@@ -89,13 +89,15 @@ class Clients:
 
 
 class Nemesis:
-    """Draws a fault every second or so. `excused`: spans of time in which a server or supervisor was killed; what it carried may be lost."""
+    """Draws a fault every second or so. `excused`: spans of time in which a server or supervisor was killed: what it carried may be lost.
+    `crashes`: when an engine was made to look as if a request had crashed or frozen it."""
 
     def __init__(self, daemon: Daemon, clients: Clients, name: str):
         self.daemon = daemon
         self.clients = clients
         self.chance = random.Random(f"{SEED}-{name}")
         self.excused: list[tuple[float, float]] = []
+        self.crashes: list[float] = []
         self.begun = time.monotonic()
         self.story: list[str] = []
 
@@ -152,6 +154,8 @@ class Nemesis:
         return found
 
     def excuses(self, answer: Answer) -> bool:
+        if "the engine died 3 times in a row" in answer.why:
+            return sum(at > (answer.moved or [answer.asked])[-1] for at in self.crashes) >= 3
         return any(answer.asked <= until and answer.ended >= since for since, until in self.excused)
 
     def finish(self) -> None:
@@ -185,6 +189,8 @@ class Nemesis:
 
     def hit_engine(self) -> str:
         name = self.chance.choice(["SIGKILL", "SIGABRT", "SIGSEGV", "SIGSTOP"])
+        if name != "SIGKILL":  # which is known to come from outside
+            self.crashes.append(time.monotonic())
         pids = [e["pid"] for e in self.daemon.status()["engines"] if e["pid"]]
         for pid in self.chance.sample(pids, min(len(pids), self.chance.choice([1, 1, 2]))):
             with contextlib.suppress(ProcessLookupError):
