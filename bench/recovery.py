@@ -67,8 +67,8 @@ class Target(Protocol):
     def look(self) -> None:
         """Called after each kill."""
 
-    def strays(self, killed: set[int]) -> tuple[int, int]:
-        """Restarts that nobody's kill explains: of the process that holds the model, and of the server in front of it."""
+    def strays(self, killed: set[int]) -> list[str]:
+        """Ends that nobody's kill explains, each in a few words."""
 
 
 @dataclass
@@ -90,10 +90,10 @@ class Mlxd:
             for record in map(json.loads, self.where.exits.read_text().splitlines()):
                 self.ends[record["ts"], record["pid"]] = record
 
-    def strays(self, killed: set[int]) -> tuple[int, int]:
+    def strays(self, killed: set[int]) -> list[str]:
         self.look()
         ends = [end for end in self.ends.values() if end["pid"] not in killed and end["cause"] != "stopped"]
-        return sum(end["child"] == "engine" for end in ends), sum(end["child"] == "server" for end in ends)
+        return [f"{end['child']} {end['cause']} after {end['up_s']} s, model {end['model']}" for end in ends]
 
 
 @dataclass
@@ -118,9 +118,9 @@ class Peer:
     def look(self) -> None:
         self.seen |= {child.pid for child in self.supervisord.children()}
 
-    def strays(self, killed: set[int]) -> tuple[int, int]:
+    def strays(self, killed: set[int]) -> list[str]:
         self.look()
-        return len(self.seen - killed) - 1, 0  # one runs
+        return ["mlx_lm.server"] * (len(self.seen - killed) - 1)  # one runs
 
 
 @contextlib.contextmanager
@@ -308,10 +308,10 @@ def report(target: Target, load: Load, kills: list[Kill], killed: set[int], repl
     failed = [answer for answer in load.done if answer.outcome == "failed"]
     refused = [answer for answer in load.done if answer.outcome == "refused"]
     wrong = [answer for answer in load.done if load.wrong(answer)]
-    engines, servers = target.strays(killed)
+    strays = target.strays(killed)
     print(f"{target.name}: requests {len(load.done)}  failed {len(failed)}  refused {len(refused)}  wrong {len(wrong)}")
     successors = len(kills) if replaced else max(0, len(kills) - 1)
-    print(f"kills {len(kills)}  replaced {successors}  false restarts: engine {engines}, server {servers}")
+    print(f"kills {len(kills)}  replaced {successors}  false restarts {len(strays)}")
     print("signal  kills  open streams  broken   pause p50       p99       max   served again p50       max")
     for name in dict.fromkeys(kill.signal for kill in kills):
         mine = [kill for kill in kills if kill.signal == name]
@@ -320,6 +320,8 @@ def report(target: Target, load: Load, kills: list[Kill], killed: set[int], repl
         broken = sum(answer.outcome == "failed" for kill in mine for answer in kill.streams)
         words = [seconds(pauses, 50), seconds(pauses, 99), seconds(pauses, 100), " " * 9, seconds(back, 50), seconds(back, 100)]
         print(f"{name:6}  {len(mine):5}  {sum(len(kill.streams) for kill in mine):12}  {broken:6}    {'  '.join(words)}")
+    for stray in strays[:5]:
+        print(f"  e.g. {stray}")
     for answer in [*failed, *refused, *wrong][:3]:
         print(f"  e.g. {answer.outcome}: {answer.question.saying} {answer.why} {answer.text[-200:]!r}")
     return replaced and not (failed or refused or wrong)
@@ -347,7 +349,7 @@ def main() -> None:
     chance.shuffle(signals)
     settings = {}
     if args.frozen is not None:
-        settings |= {"MLXD_HEALTH_FROZEN_S": str(args.frozen), "MLXD_HEALTH_SUSPECT_S": str(args.frozen / 3)}
+        settings |= {"MLXD_HEALTH_FROZEN_S": str(args.frozen), "MLXD_HEALTH_SUSPECT_S": f"{args.frozen / 3:.1f}"}
     if args.no_spare:
         settings["MLXD_SUPERVISOR_SPARE_BYTES"] = str(2**62)
     supervisord = shutil.which("supervisord") or str(Path(sys.executable).with_name("supervisord"))
