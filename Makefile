@@ -23,7 +23,7 @@ ifneq ($(INSTALLED),$(WANTED))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help start stop status test test-full lint lock bench clean
+.PHONY: help start stop status test test-full nemesis lint lock bench recovery soak clean
 
 help:
 	@echo "make start      install into $(VENV) if need be, start mlxd, wait until it is ready"
@@ -31,8 +31,11 @@ help:
 	@echo "make stop       stop it"
 	@echo "make status     show it"
 	@echo "make test       run the tests; make test-full: the long ones and those that download, too"
+	@echo "make nemesis    break everything at random for an hour; MLXD_NEMESIS_S=600 for ten minutes, MLXD_NEMESIS_SEED=1 for the same faults"
 	@echo "make lint       run ruff and mypy"
 	@echo "make bench      measure it beside mlx_lm.server; ARGS='--model medium' is passed on"
+	@echo "make recovery   kill its engines 200 times under streams; ARGS='--kills 20' is passed on"
+	@echo "make soak       100,000 short requests, and what they leave behind; ARGS='--requests 20000' is passed on"
 	@echo "make lock       remake requirements/*.txt; ARGS=--upgrade takes the newest versions"
 	@echo "make clean      stop it, remove $(VENV) and caches"
 
@@ -51,6 +54,9 @@ test: $(STAMP).test
 test-full: $(STAMP).test
 	@$(PYTEST) $(ARGS)
 
+nemesis: $(STAMP).test
+	@MLXD_NEMESIS_S=$${MLXD_NEMESIS_S:-3600} $(VENV)/bin/python -m pytest tests/test_nemesis.py -rP $(ARGS)
+
 lint: $(STAMP).test
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -59,6 +65,12 @@ lint: $(STAMP).test
 bench: $(STAMP)
 	@$(VENV)/bin/python bench/startup.py
 	@$(VENV)/bin/python bench/throughput.py $(ARGS)
+
+recovery: $(STAMP)
+	@$(VENV)/bin/python bench/recovery.py $(ARGS)
+
+soak: $(STAMP)
+	@$(VENV)/bin/python bench/soak.py $(ARGS)
 
 lock:
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh tools/lock.sh $(ARGS)

@@ -180,7 +180,8 @@ class Load:
         self.open: set[Answer] = set()
         self.done: list[Answer] = []
         self.stopping = threading.Event()
-        self.asked = questions(target)
+        every = questions(target)
+        self.asked = random.Random(seed).sample(every, min(len(every), 3 * clients))
         with ThreadPoolExecutor(clients) as pool:
             undisturbed = list(pool.map(lambda question: ask(target.port, question), self.asked))
         if wrong := [answer for answer in undisturbed if answer.outcome != "answered"]:

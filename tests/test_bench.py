@@ -39,3 +39,13 @@ def test_the_benchmarks_run_to_their_end() -> None:
     table = python(ROOT / "bench" / "throughput.py", "--streams", "1,2", "--tokens", "16", "--rounds", "1")
     assert all(f" {name} " in table for name in ("bare", "mlx_lm.server", "mlxd"))
     assert "idle supervisor" in python(ROOT / "bench" / "startup.py", "--runs", "1", "--idle", "1")
+
+
+def test_recovery_loses_nothing_and_says_so() -> None:
+    table = python(ROOT / "bench" / "recovery.py", "--kills", "2", "--clients", "2", "--signals", "KILL,SEGV", "--seed", "1")
+    assert "failed 0  refused 0  wrong 0" in table and "replaced 2" in table
+
+
+def test_a_short_soak_answers_everything_as_it_should_be() -> None:
+    table = python(ROOT / "bench" / "soak.py", "--requests", "80")
+    assert "      80      0 " in table
