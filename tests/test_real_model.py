@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+from asking import Answer, Question, ask
+from conftest import eventually
 
 ROOT = Path(__file__).parent.parent
 NAME = "smollm2-135m"
@@ -31,8 +34,10 @@ QUESTIONS = [
 ]
 #: Two x86 cores give about 5 tokens/s.
 TOKENS = 12
+#: Enough for an engine to die twice in mid-answer.
+MORE_TOKENS = 24
 
-# One worker runs both, for the model and the daemon are made once.
+# One worker runs all, for the model and the daemon are made once.
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900), pytest.mark.xdist_group("real-model")]
 
 ALONE = """
@@ -49,6 +54,14 @@ for question in json.loads(sys.argv[2]):
 @dataclass
 class Daemon:
     url: str
+    environ: dict[str, str]
+
+    def engine(self) -> int | None:
+        """The PID of the engine that is ready."""
+        mlxd = str(Path(sys.executable).with_name("mlxd"))
+        told = subprocess.run([mlxd, "status", "--json"], env=self.environ, capture_output=True, text=True, timeout=60)
+        engines = json.loads(told.stdout)["engines"]
+        return next((engine["pid"] for engine in engines if engine["model"] and engine["state"] == "ready"), None)
 
     def ask(self, question: str) -> str:
         body = {
@@ -104,7 +117,7 @@ def daemon(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         started = subprocess.run([mlxd, "start"], env=environ, capture_output=True, text=True, timeout=300)
         assert started.returncode == 0, started.stdout + started.stderr
         status = subprocess.run([mlxd, "status", "--json"], env=environ, capture_output=True, text=True, timeout=30)
-        yield Daemon(json.loads(status.stdout)["url"])
+        yield Daemon(json.loads(status.stdout)["url"], environ)
     finally:
         stopped = subprocess.run([mlxd, "stop"], env=environ, capture_output=True, text=True, timeout=120)
     assert stopped.returncode == 0, stopped.stderr
@@ -117,3 +130,27 @@ def test_a_real_model_says_alone_what_mlx_lm_says(daemon: Daemon, expected: list
 def test_a_real_model_says_in_a_batch_what_mlx_lm_says(daemon: Daemon, expected: list[str]) -> None:
     with ThreadPoolExecutor(len(QUESTIONS)) as threads:
         assert list(threads.map(daemon.ask, QUESTIONS)) == expected
+
+
+def test_a_real_model_says_the_same_when_its_engine_is_killed_twice_in_mid_answer(daemon: Daemon, expected: list[str]) -> None:
+    port = int(daemon.url.rpartition(":")[2])
+    chosen = [1, 3, 4, 6]  # those that have much to say
+    questions = [Question(QUESTIONS[n], model=NAME, tokens=MORE_TOKENS) for n in chosen]
+    with ThreadPoolExecutor(len(questions)) as threads:
+        undisturbed = list(threads.map(lambda question: ask(port, question), questions))
+        answers = [Answer(question) for question in questions]
+        asked = [threads.submit(ask, port, answer.question, answer=answer) for answer in answers]
+        killed: list[int] = []
+        for _ in range(2):
+            seen = [len(answer.moved) for answer in answers]
+            eventually(
+                lambda seen=seen: all(len(a.moved) > n + 2 for a, n in zip(answers, seen, strict=True)), "text", within_s=300
+            )
+            pid = eventually(lambda: (pid := daemon.engine()) not in killed and pid, "an engine", within_s=300)
+            assert not any(answer.outcome for answer in answers)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        for one in asked:
+            one.result()
+    assert [answer.text for answer in answers] == [answer.text for answer in undisturbed]
+    assert all(answer.text.startswith(expected[n]) for n, answer in zip(chosen, answers, strict=True))
