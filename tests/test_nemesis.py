@@ -106,10 +106,22 @@ class Nemesis:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(self.chance.uniform(0.3, 1.5))
+            if self.chance.random() < 0.5:  # else nothing would ever be hit in mid-answer
+                self.await_text(end)
             (fault,) = self.chance.choices(list(faults), list(faults.values()))
             what = fault(self)
             self.story.append(f"{time.monotonic() - self.begun:7.2f} s  {fault.__name__}  {what or ''}")
             self.check()
+
+    def await_text(self, until: float) -> None:
+        """Until some answer goes on or ends."""
+        since = time.monotonic()
+        while time.monotonic() < until:
+            if any(
+                max(answer.moved[-1:] + [answer.ended]) > since for answer in [*list(self.clients.open), *self.clients.done[-4:]]
+            ):
+                return
+            time.sleep(0.02)
 
     def processes(self, kind: str) -> list[psutil.Process]:
         found = []
