@@ -226,6 +226,18 @@ def test_kill_9_of_the_server_refuses_no_connection(real: Callable[..., Daemon])
     assert set(answered) <= {200, 503}
 
 
+def test_an_engine_whose_socket_file_was_removed_is_found_by_the_next_server(real: Callable[..., Daemon]) -> None:
+    d = real(MLXD_SUPERVISOR_TAKEOVER_S="3600")
+    d.start()
+    told = d.ready()
+    file = d.paths.engine_socket(told["engines"][0]["slot"])
+    file.unlink()
+    eventually(file.exists, "the socket again", d.history)
+    os.kill(told["server"]["pid"], signal.SIGKILL)
+    question, answer = next(iter(KNOWN.items()))
+    assert chat(told["port"], question)["message"]["content"] == answer
+
+
 def test_a_server_that_is_told_to_end_from_outside_is_not_at_fault(real: Callable[..., Daemon]) -> None:
     d = real()
     d.start()

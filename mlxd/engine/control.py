@@ -128,12 +128,19 @@ class Engine:
         if self.service is None:
             return
         self.service.pulse(self.told)
+        if not Path(self.settings.socket).exists():  # a cleaner of temporary files was here: no new server could connect
+            self.listening = self.loop.create_task(self.listen_again())
         now = self.loop.time()
         done = self.told.finished + self.told.canaries
         if self.told.running or done != self.done:
             self.done, self.idle_since = done, now
         elif self.settings.config.health.canary_s and now - self.idle_since >= self.settings.config.health.canary_s:
             self.batch.probe()
+
+    async def listen_again(self) -> None:
+        assert self.service is not None
+        with contextlib.suppress(OSError):  # the next beat tries again
+            await self.service.listen(self.settings.socket)
 
     async def drained(self) -> None:
         if self.service:

@@ -118,9 +118,13 @@ class Service:
     # --- connections -------------------------------------------------------------------------------------------------
 
     async def serve(self, path: str) -> None:
-        """Listen; returns when servers may connect."""
-        self.listener = await asyncio.start_unix_server(self.accept, path)
+        """Listen, and work on what comes; returns when servers may connect."""
+        await self.listen(path)
         self.preparing = asyncio.create_task(self.prepare_jobs())
+
+    async def listen(self, path: str) -> None:
+        """Where nothing is now. Connections that are open stay. Raises OSError."""
+        self.listener = await asyncio.start_unix_server(self.accept, path)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(reader, writer)
