@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ pytestmark = pytest.mark.timeout(NEMESIS_S + 400)
 
 #: Detection is shortened; no intensity limit, since all these deaths come from one hand; a connection waits for the next server.
 SETTINGS = {
-    "MLXD_HEALTH_SUSPECT_S": "2",
-    "MLXD_HEALTH_FROZEN_S": "6",
-    "MLXD_HEALTH_FROZEN_LOADING_S": "10",
+    "MLXD_HEALTH_SUSPECT_S": "3",
+    "MLXD_HEALTH_FROZEN_S": "10",
+    "MLXD_HEALTH_FROZEN_LOADING_S": "15",
     "MLXD_SUPERVISOR_DEATHS": "1000",
     "MLXD_SUPERVISOR_TAKEOVER_S": "3600",
     "MLX_PRELOAD_MODELS": "mlxd-tiny",
@@ -90,14 +91,14 @@ class Clients:
 
 class Nemesis:
     """Draws a fault every second or so. `excused`: spans of time in which a server or supervisor was killed: what it carried may be lost.
-    `crashes`: when an engine was made to look as if a request had crashed or frozen it."""
+    `ends`: the exit records, of which mlxd keeps the last 50."""
 
     def __init__(self, daemon: Daemon, clients: Clients, name: str):
         self.daemon = daemon
         self.clients = clients
         self.chance = random.Random(f"{SEED}-{name}")
         self.excused: list[tuple[float, float]] = []
-        self.crashes: list[float] = []
+        self.ends: dict[tuple[str, int], dict[str, Any]] = {}
         self.begun = time.monotonic()
         self.story: list[str] = []
 
@@ -146,7 +147,7 @@ class Nemesis:
         with contextlib.suppress(FileNotFoundError):  # the nemesis has just removed it
             json.loads(where.state.read_text())
         with contextlib.suppress(FileNotFoundError):
-            assert all(json.loads(line)["cause"] for line in where.exits.read_text().splitlines())
+            self.ends |= {(end["ts"], end["pid"]): end for end in map(json.loads, where.exits.read_text().splitlines())}
         with contextlib.suppress(FileNotFoundError):
             assert where.pid_file.read_text().strip().isdigit()
         assert not self.wrong(), f"{self.wrong()[:2]}\n{self.told()}"
@@ -167,8 +168,14 @@ class Nemesis:
 
     def excuses(self, answer: Answer) -> bool:
         if "the engine died 3 times in a row" in answer.why:
-            return sum(at > (answer.moved or [answer.asked])[-1] for at in self.crashes) >= 3
+            return self.deaths_since((answer.moved or [answer.asked])[-1]) >= 3
         return any(answer.asked <= until and answer.ended >= since for since, until in self.excused)
+
+    def deaths_since(self, moment: float) -> int:
+        """Ends of engines with a model that look as if a request had caused them, since just before a moment of the monotonic clock."""
+        since = time.time() - (time.monotonic() - moment) - 1.0
+        guilty = [end for end in self.ends.values() if end["model"] and end["cause"] in ("aborted", "segfault", "frozen")]
+        return sum(datetime.fromisoformat(end["ts"]).timestamp() > since for end in guilty)
 
     def finish(self) -> None:
         """When no more faults come, all is answered and all is well."""
@@ -201,8 +208,6 @@ class Nemesis:
 
     def hit_engine(self) -> str:
         name = self.chance.choice(["SIGKILL", "SIGABRT", "SIGSEGV", "SIGSTOP"])
-        if name != "SIGKILL":  # which is known to come from outside
-            self.crashes.append(time.monotonic())
         pids = [e["pid"] for e in self.daemon.status()["engines"] if e["pid"]]
         for pid in self.chance.sample(pids, min(len(pids), self.chance.choice([1, 1, 2]))):
             with contextlib.suppress(ProcessLookupError):
