@@ -539,6 +539,7 @@ class Supervisor:
             one.hold, one.hold_cause, one.suspicion = problem, "fault", "protocol"
             self.handle(one, Event.SICK)
             return
+        one.beat_at = one.progress_at = self.loop.time()  # its imports are no silence
         self.handle(one, Event.GREETED)
         may_be_ordered = Event.ORDERED in policy.TRANSITIONS[one.state]
         if may_be_ordered and (one.kind == "server" or one.model is not None):

@@ -62,6 +62,14 @@ def test_f15_an_engine_that_is_slow_but_moves_is_left_alone(daemon: Make) -> Non
     assert engine_of(d.status())["pid"] == pid and not d.exits()
 
 
+def test_an_engine_whose_imports_take_long_is_not_taken_for_frozen(daemon: Make) -> None:
+    d = daemon(server="--want a:latest", engine="--slow-hello 6", **HASTY)
+    d.start()
+    pid = engine_of(d.ready())["pid"]
+    d.until("a while later", lambda s: engine_of(s)["up_s"] > 9)
+    assert engine_of(d.status())["pid"] == pid and not d.exits()
+
+
 def test_f30_an_engine_hung_in_native_code_is_swept_after_its_supervisor_was_killed(daemon: Make, home: Path) -> None:
     d = daemon(server="--want a:latest", engine=f"--hang-gil --first 1 {home}/count")
     d.start()
