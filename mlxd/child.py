@@ -81,7 +81,8 @@ class Child:
     available_bytes: int = 0
 
     pid: int | None = None
-    process: subprocess.Popen[bytes] | None = None
+    alive: bool = False  # spawned and not reaped: its number cannot be anybody else's
+    version: str = ""  # of mlxd, as it said with its hello
     link: Link | None = None
     identity: float = 0.0
     since: float = 0.0  # when this process was spawned
@@ -122,7 +123,7 @@ class Child:
         settings.link_fd = theirs.fileno()
         environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
         try:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -137,9 +138,9 @@ class Child:
         finally:
             os.close(log)
             theirs.close()
-        self.pid = self.process.pid
         # The loop reaps by waitpid; a Popen that is garbage collected unreaped would let the next one steal the status.
-        self.process.returncode = 0
+        process.returncode = 0
+        self.pid, self.alive, self.version = process.pid, True, ""
         self.since = self.beat_at = self.progress_at = now
         self.oom_kills = oom_kills()
         self.identity = start_identity(self.pid) or 0.0
@@ -163,19 +164,19 @@ class Child:
 
     def signal(self, number: int) -> None:
         """To the process's whole group. Until we reap it, its number cannot be anybody else's."""
-        if self.process is not None and self.pid is not None:
+        if self.alive and self.pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
     def dump_stack(self) -> None:
         """Ask this process alone for its stacks; they appear in its dump file, even when native code holds the interpreter."""
-        if self.process is not None and self.pid is not None:
+        if self.alive and self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGUSR1)
 
     def leftover(self, nonce: str) -> Leftover | None:
         """What the next supervisor needs to find this process; None when there is none."""
-        return Leftover(self.pid, self.identity, nonce, self.name) if self.process is not None and self.pid is not None else None
+        return Leftover(self.pid, self.identity, nonce, self.name) if self.alive and self.pid is not None else None
 
     def terminate(self) -> None:
         """TERM stays pending on a stopped process, so CONT follows it."""
@@ -228,7 +229,8 @@ class Child:
         )
         if self.link is not None:
             self.link.close()
-        self.pid = self.process = self.link = self.bye = self.ready_at = None
+        self.alive = False
+        self.pid = self.link = self.bye = self.ready_at = None
         self.counters, self.at_ready, self.memory_bytes = Counters(), Counters(), 0
         self.ordered = self.suspect = False
         self.suspicion = ""

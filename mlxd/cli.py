@@ -32,6 +32,8 @@ MOVING = ("starting", "loading", "draining", "stopping", "backoff")
 STILL_S = 60.0
 #: The worst stop takes 30 s of draining, 10 s of TERM and 10 s of KILL.
 STOP_S = 60.0
+#: The supervisor's rehearsal takes 20 s at most, waiting for quiet 12 s.
+RENEWAL_S = 60.0
 
 GROUPS = {
     "Run it": ["start", "stop", "restart", "reload", "run"],
@@ -126,11 +128,21 @@ def stop() -> None:
 
 
 @main.command()
+@click.option(
+    "--supervisor", is_flag=True, help="Replace the supervisor, in place: everything else goes on. The way to upgrade it."
+)
 @as_json
 @click.pass_context
-def restart(ctx: click.Context, json_: bool) -> None:
-    """Replace server and engines; no connection is refused."""
+def restart(ctx: click.Context, supervisor: bool, json_: bool) -> None:
+    """Replace the server; models stay loaded, no request is lost."""
     where = paths.locate()
+    if supervisor:
+        told = control.ask(where.control, "restart_supervisor", timeout_s=RENEWAL_S)
+        new = told["supervisor"]
+        click.echo(
+            json.dumps(told) if json_ else f"restarted  supervisor pid {new['pid']}  run {new['run']}  mlxd {told['version']}"
+        )
+        return
     validate(where, [])
     control.ask(where.control, "restart")
     told = await_ready(where, settled=True)
@@ -149,8 +161,6 @@ def reload(json_: bool) -> None:
         click.echo("nothing changed")
     else:
         click.echo(f"changed: {', '.join(told['changed'])}")
-        if told["waiting"]:
-            click.echo(f"{', '.join(told['waiting'])}: run `mlxd restart` to apply", err=True)
 
 
 @main.command()

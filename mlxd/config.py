@@ -121,6 +121,16 @@ class Config(Section, frozen=True):
     security: Security = Security()
 
 
+def of_server(config: Config) -> object:
+    """What a server reads of it: equal for two configurations between which it need not be replaced."""
+    return config.server, config.models, config.rate_limit, config.security
+
+
+def of_engine(config: Config) -> object:
+    """What an engine reads of it."""
+    return config.engine, config.server.max_concurrent
+
+
 #: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.
 NAMES = {
     "MLX_API_PORT": ("server", "port"),

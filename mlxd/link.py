@@ -43,10 +43,27 @@ class Link:
         self.decoder = decoder
 
     @classmethod
-    async def open(cls, sock: socket.socket, decoder: msgspec.json.Decoder[Any]) -> Link:
-        """A link over a connected stream socket, which it owns from now on."""
-        reader, writer = await asyncio.open_connection(sock=sock, limit=messages.MAX_LINE_BYTES)
-        return cls(reader, writer, decoder)
+    async def open(cls, sock: socket.socket, decoder: msgspec.json.Decoder[Any], unread: bytes = b"") -> Link:
+        """A link over a connected stream socket, which it owns from now on. `unread`: what came from it before and is to be read first."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=messages.MAX_LINE_BYTES)
+        reader.feed_data(unread)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.create_connection(lambda: protocol, sock=sock)
+        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop), decoder)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits here because the other side is behind with reading."""
+        return self.writer.transport.get_write_buffer_size()
+
+    async def part(self) -> tuple[int, bytes]:
+        """Read no more from here: the socket's descriptor, and what has come and was not read. -1: the other side is gone. Does not let the
+        loop turn, so that nothing comes meanwhile."""
+        if self.writer.is_closing():
+            return -1, b""
+        self.reader.feed_eof()
+        return self.writer.get_extra_info("socket").fileno(), await self.reader.read()
 
     def send(self, word: ChildWord | SupervisorWord) -> None:
         if not self.writer.is_closing():
@@ -54,8 +71,7 @@ class Link:
 
     def offer(self, word: ChildWord) -> None:
         """Send unless the other side is behind with reading: a beat is only worth something now."""
-        transport = self.writer.transport
-        if transport.get_write_buffer_size() == 0:
+        if not self.unsent_bytes:
             self.send(word)
 
     async def read(self) -> Any | None:
@@ -101,6 +117,7 @@ def child_settings() -> ChildSettings:
 def become_child(settings: ChildSettings) -> None:
     """First thing in a child: modes, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
     os.umask(0o077)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a supervisor that was about to hand over had some blocked
     stack = os.open(settings.stack, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     # Dumps even while native code holds the interpreter lock, where no Python handler would run.
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True, chain=False)

@@ -32,10 +32,13 @@ class AlreadyRunning(MlxdError):
 class Lock:
     """This supervisor's claim on its state directory: held until the process ends, and its PID file exactly as long as it runs."""
 
-    def __init__(self, where: paths.Paths):
-        """Raises AlreadyRunning, or ConfigError when there can be no lock."""
+    def __init__(self, where: paths.Paths, fd: int | None = None):
+        """`fd`: the lock, already held. Raises AlreadyRunning, or ConfigError when there can be no lock."""
         self.paths = where
         self.pid_text = b"%d\n" % os.getpid()
+        if fd is not None:
+            self.fd = fd
+            return
         if (pid := running_pid(where)) is not None:
             raise AlreadyRunning(f"already running, pid {pid}")
         try:

@@ -70,7 +70,17 @@ class Port:
     def miss(self, takeover_s: float) -> None:
         """No server accepts; after `takeover_s` of that we answer for ourselves. Saying it again changes nothing."""
         if self.unserved is None and self.sockets:
-            self.unserved = asyncio.get_running_loop().call_later(takeover_s, self.standin.open, self.sockets)
+            self.answer_from(asyncio.get_running_loop().time() + takeover_s)
+
+    def answer_from(self, when: float) -> None:
+        """Answer for ourselves from this moment on, of the loop's clock."""
+        self.leave()
+        self.unserved = asyncio.get_running_loop().call_at(when, self.standin.open, self.sockets)
+
+    def resume(self) -> None:
+        """Go on answering, if we had closed for a while."""
+        if self.unserved is not None:
+            self.answer_from(self.unserved.when())
 
     def close(self) -> None:
         self.leave()

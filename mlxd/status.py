@@ -45,7 +45,7 @@ def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
 def problems(s: Supervisor) -> Iterator[str]:
     """What a person should know although requests are served."""
     if s.config_problem:
-        yield f"the configuration is invalid, the old one is in force: {s.config_problem}"
+        yield f"the new configuration is refused, the old one is in force: {s.config_problem}"
     if s.server is not None:
         yield from s.server.problems
         if s.server.state in (State.BACKOFF, State.COOLDOWN, State.HELD, State.UNKILLABLE):  # an older one still serves
@@ -101,7 +101,6 @@ def report(s: Supervisor) -> dict[str, Any]:
     """`mlxd status --json`."""
     now = s.loop.time()
     state, reason = overall(s)
-    waiting = ", ".join(s.waiting_changes)
     server = s.server or next(iter(s.retired), None)
     return {
         "state": state,
@@ -110,17 +109,31 @@ def report(s: Supervisor) -> dict[str, Any]:
         "port": s.port.number(s.config.server),
         "home": str(s.paths.home),
         "version": __version__,
-        "supervisor": {"pid": os.getpid(), "up_s": round(now - s.started, 1), "memory_bytes": footprint(os.getpid())},
+        "supervisor": {
+            "pid": os.getpid(),
+            "run": s.runs,
+            "up_s": round(now - s.started, 1),
+            "memory_bytes": footprint(os.getpid()),
+        },
         "server": process(server, now) if server is not None else None,
         "engines": [
             process(engine, now) | {"slot": engine.slot, "model": engine.model, "running": engine.counters.running}
             for engine in sorted(s.engines, key=lambda engine: engine.model is None)  # the spare stands last
         ],
         "last_exit": msgspec.to_builtins(s.exits.last),
-        "notes": [f"{waiting} changed: run `mlxd restart` to apply it"] if waiting else [],
+        "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),
         "control": str(s.paths.control),
     }
+
+
+def notes(s: Supervisor) -> Iterator[str]:
+    """Advice, which is no problem."""
+    for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
+        others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
+        if others:
+            told = ", ".join(f"{one.name} is of mlxd {one.version}" for one in others)
+            yield f"{told}, the supervisor of {__version__}: run `{what}`"
 
 
 def shown(state: State) -> str:

@@ -24,10 +24,9 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 
-from mlxd import __version__, causes, child, config, control, leftovers, link, messages, monitor, paths, policy, status
+from mlxd import __version__, causes, child, config, desk, handover, leftovers, link, messages, monitor, paths, policy, status
 from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
@@ -47,6 +46,8 @@ DRAIN_MARGIN_S = 3.0
 LAST_WORDS_S = 0.25
 #: After a heavy process was killed: how often its memory is looked for, and how long at that pace.
 MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
+#: So many servers drain at once, 33 MB each; the oldest gets the time of a stop when there would be one more.
+MOST_DRAINING = 8
 #: A stack dump takes this long at most; then the ladder may begin, which would end it.
 DUMP_S = 1.0
 #: How often, in ticks, the lock and the PID file are looked at.
@@ -70,8 +71,16 @@ RUNNING = (State.BLANK, State.LOADING, State.READY, State.DRAINING)
 class Supervisor:
     """Owns the public sockets, the lock, the PID file, the control socket and every child."""
 
-    def __init__(self, where: paths.Paths, settings: Config, flags: dict[str, Any], lock: Lock):
+    def __init__(
+        self,
+        where: paths.Paths,
+        settings: Config,
+        flags: dict[str, Any],
+        lock: Lock,
+        handed: handover.Handover | None = None,
+    ):
         self.paths = where
+        self.handed = handed  # by the supervisor that this process was before
         self.config = settings
         self.flags = flags
         self.lock = lock
@@ -84,6 +93,9 @@ class Supervisor:
         self.timers: dict[Child, asyncio.TimerHandle] = {}
         self.readers: dict[Child, asyncio.Task[Any]] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.awaited: dict[int, asyncio.Future[int]] = {}  # wait statuses of processes that are no children, by pid
+        self.handing_over = False
+        self.runs = 1  # how many supervisors this process has been
         self.bug: BaseException | None = None
         self.poll: asyncio.Task[None] | None = None
         self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
@@ -94,7 +106,6 @@ class Supervisor:
         self.stopping = 0  # how many times we were told to
         self.lease_problem = ""
         self.config_problem = ""
-        self.waiting_changes: list[str] = []
         self.polls: list[bool] = []
         self.ticks = 0
 
@@ -104,14 +115,18 @@ class Supervisor:
         """Until every child is gone after a stop; the exit status."""
         self.loop = asyncio.get_running_loop()
         self.done = asyncio.Event()
-        self.started = self.moved_at = self.loop.time()
+        self.started = self.moved_at = self.since = self.loop.time()
         self.watch_signals()
         become_subreaper()
-        self.sweep()
-        self.lock.show()
-        self.control = await control.serve(self.paths.control, self.verbs())
+        if self.handed is None:
+            self.sweep()
+            self.lock.show()
+            self.control = desk.Desk(desk.listen(self.paths.control), self.verbs())
+            self.begin()
+        else:
+            await handover.adopt(self, self.handed)
+        self.control.open()
         self.files = self.watch_files()
-        self.begin()
         self.keep(self.tick_forever())
         await self.done.wait()
         if self.bug is not None:
@@ -152,7 +167,7 @@ class Supervisor:
         elif self.stopping == 3:
             log.info("killing: %s", why)
             for one in self.children():
-                while one.process is not None and one.state not in (State.KILLING, State.UNKILLABLE):
+                while one.alive and one.state not in (State.KILLING, State.UNKILLABLE):
                     self.handle(one, Event.HURRIED)
         self.check_done()
 
@@ -279,8 +294,16 @@ class Supervisor:
             self.loop.call_later(DUMP_S, self.condemn, one, one.pid)
 
     def condemn(self, one: Child, pid: int | None) -> None:
-        if one.pid == pid and one.process is not None and one.state in RUNNING:
+        if one.pid == pid and one.alive and one.state in RUNNING:
             self.handle(one, Event.SICK)
+
+    def take_up(self, one: Child, due: float | None) -> None:
+        """Go on with a child that the supervisor before us left; `due`: its deadline, on the loop's clock."""
+        now = self.loop.time()
+        self.set_deadline(one, None if due is None else max(0.0, due - now))
+        if one.suspicion and one.state in RUNNING:
+            self.loop.call_later(DUMP_S, self.condemn, one, one.pid)
+        self.await_memory(one, now + MEMORY_WAIT_S)
 
     def spawn(self, one: Child) -> None:
         """A new process in the slot. A program that cannot be started has ended, too."""
@@ -311,7 +334,7 @@ class Supervisor:
                 paths.prepare(self.paths)
             self.loop.call_soon(self.ended, one, None, problem)
             return
-        self.readers[one] = self.keep(self.listen(one, end))
+        self.readers[one] = self.keep(self.connect(one, end))
         self.remember()
 
     def keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -336,12 +359,16 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            one = next((c for c in self.children() if c.pid == pid and c.process is not None), None)
+            if (waiting := self.awaited.get(pid)) is not None:
+                if not waiting.done():
+                    waiting.set_result(status)
+                continue
+            one = next((c for c in self.children() if c.pid == pid and c.alive), None)
             if one is None:
                 log.info("reaped pid %d, a grandchild", pid)
                 continue
             one.kill()  # what it forked is still in its group
-            one.process = None
+            one.alive = False
             self.keep(self.bury(one, status))
 
     async def bury(self, one: Child, status: int) -> None:
@@ -436,7 +463,7 @@ class Supervisor:
 
     def forget(self, one: Child) -> None:
         """A child that is stopped and wanted by nobody leaves the lists; the slot's number is free again."""
-        if one.process is not None:
+        if one.alive:
             return
         if one is self.server:
             self.server = None
@@ -460,27 +487,36 @@ class Supervisor:
 
     def unwant(self, one: Child) -> None:
         one.wanted = False
-        one.ordered = one.process is not None
-        if one.kind == "engine" and one.model is not None and one.process is None:  # else its end will say so
+        one.ordered = one.alive
+        if one.kind == "engine" and one.model is not None and one.pid is None:  # else its end will say so
             self.tell_servers(EngineDown(one.slot, one.model, "stopped", "released"))
         self.handle(one, Event.UNWANTED)
 
     # --- words on links ------------------------------------------------------------------------------------------------------------
 
-    async def listen(self, one: Child, end: socket.socket) -> None:
+    async def connect(self, one: Child, end: socket.socket) -> None:
+        await self.listen(one, await self.open_link(one, end))
+
+    async def open_link(self, one: Child, end: socket.socket, unread: bytes = b"") -> link.Link:
+        one.link = opened = await link.Link.open(end, messages.child_words, unread)
+        return opened
+
+    async def listen(self, one: Child, mine: link.Link) -> None:
         """All words of one process, until its link closes."""
         pid = one.pid
-        one.link = mine = await link.Link.open(end, messages.child_words)
         try:
             while (word := await mine.read()) is not None:
                 self.hear(one, word)
         except ValueError as error:
             log.warning("%s: %s", one.title, error)
+        self.await_silence(one, pid)
+
+    def await_silence(self, one: Child, pid: int | None) -> None:
         self.loop.call_later(link.LAST_S + 1.0, self.look_at_silence, one, pid)
 
     def look_at_silence(self, one: Child, pid: int | None) -> None:
         """A process that closed its link, or babbled, and still lives is of no use."""
-        if one.pid == pid and one.process is not None and one.state in RUNNING:
+        if one.pid == pid and one.alive and one.state in RUNNING:
             one.suspicion = "link closed"
             self.handle(one, Event.SICK)
 
@@ -540,6 +576,7 @@ class Supervisor:
             self.handle(one, Event.SICK)
             return
         one.beat_at = one.progress_at = self.loop.time()  # its imports are no silence
+        one.version = hello.version
         self.handle(one, Event.GREETED)
         may_be_ordered = Event.ORDERED in policy.TRANSITIONS[one.state]
         if may_be_ordered and (one.kind == "server" or one.model is not None):
@@ -585,6 +622,9 @@ class Supervisor:
                 engine.wanted = True
                 engine.released = False
                 engine.preload |= word.preload
+                if engine.directory != word.directory:  # other files under the same name
+                    engine.directory = word.directory
+                    self.renew(engine)
                 if engine.state is State.READY:
                     self.tell_servers(self.engine_up(engine))
                 self.handle(engine, Event.WANTED)
@@ -653,7 +693,7 @@ class Supervisor:
             self.lock.mend()
 
     def look_at_beats(self, one: Child, now: float) -> None:
-        if one.process is None or one.state not in RUNNING:
+        if not one.alive or one.state not in RUNNING:
             return
         health = self.config.health
         silent_s = now - one.beat_at
@@ -713,11 +753,15 @@ class Supervisor:
                 log.info("a health poll got no answer of ours (%s)", answer.value)
 
     def watch_files(self) -> monitor.Files:
-        files = monitor.Files([self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files)
-        try:
-            files.start()
-        except OSError as error:
-            log.warning("files are not watched: %s; `mlxd reload` applies a change", error)
+        # Its threads take no signals: a hand-over could not block them there, and a stack dump from there crashes on this running thread.
+        with handover.blocked_signals():
+            files = monitor.Files(
+                [self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files
+            )
+            try:
+                files.start()
+            except OSError as error:
+                log.warning("files are not watched: %s; `mlxd reload` applies a change", error)
         return files
 
     def look_at_files(self, changed: set[Path]) -> None:
@@ -774,11 +818,18 @@ class Supervisor:
 
     def try_reload(self) -> None:
         """Nobody waits for the answer: a refusal is told in `status` and in the log."""
-        with contextlib.suppress(ConfigError):
-            self.reload()
+        if not self.stopping:
+            with contextlib.suppress(MlxdError):
+                self.reload()
 
-    def verbs(self) -> dict[str, control.Verb]:
-        return {"status": self.do_status, "stop": self.do_stop, "restart": self.do_restart, "reload": self.do_reload}
+    def verbs(self) -> dict[str, desk.Verb]:
+        return {
+            "status": self.do_status,
+            "stop": self.do_stop,
+            "restart": self.do_restart,
+            "restart_supervisor": self.do_restart_supervisor,
+            "reload": self.do_reload,
+        }
 
     async def do_status(self, _: dict[str, Any]) -> dict[str, Any]:
         return status.report(self)
@@ -789,21 +840,30 @@ class Supervisor:
         return {"pid": os.getpid()}
 
     async def do_reload(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"changed": self.reload(), "waiting": self.waiting_changes}
+        self.refuse_when_stopping()
+        return {"changed": self.reload()}
 
     async def do_restart(self, _: dict[str, Any]) -> dict[str, Any]:
-        """A new server beside the old one, new engines in place of the old ones, by the configuration as it is now."""
+        """A new server beside the old one, by the configuration as it is now. Engines stay, and their models with them."""
+        self.refuse_when_stopping()
+        self.reload(restart=True)
+        return {"pid": os.getpid()}
+
+    async def do_restart_supervisor(self, _: dict[str, Any]) -> dict[str, Any]:
+        """The code on disk in place of ours, in this process; it is the new one that answers."""
+        self.refuse_when_stopping()
+        if self.handing_over:
+            raise MlxdError("the supervisor is being replaced already")
+        self.handing_over = True
+        try:
+            await handover.hand_over(self)
+        finally:
+            self.handing_over = False
+
+    def refuse_when_stopping(self) -> None:
+        """Raises MlxdError."""
         if self.stopping:
             raise MlxdError("mlxd is stopping; run `mlxd start` when it has")
-        self.reload()
-        new, old = self.load_config(), self.config.server
-        if (new.server.port, new.server.host) != (old.port, old.host) and not self.obstacle:
-            self.port.move(new.server)
-        self.config, self.waiting_changes = new, []
-        self.restart_server()
-        for engine in list(self.engines):
-            self.renew(engine)
-        return {"pid": os.getpid()}
 
     def restart_server(self) -> None:
         """The new server starts before the old one stops; one that does not serve is simply renewed."""
@@ -811,6 +871,8 @@ class Supervisor:
         if old is None or self.obstacle:
             self.look_at_holds()
         elif old.state is State.READY:
+            for older in self.retired[: 1 - MOST_DRAINING]:
+                self.retire(older, min(older.drain_s, self.config.server.drain_s))
             old.drain_s = self.config.supervisor.replace_drain_s
             self.retired.append(old)
             self.server = Child("server", 0, restarts=old.restarts + 1)
@@ -829,31 +891,34 @@ class Supervisor:
     def load_config(self) -> Config:
         return load(self.paths, self.flags)
 
-    def reload(self) -> list[str]:
-        """Apply the files as they are now; returns the changed names. Raises ConfigError, and then the old configuration stays.
+    def reload(self, restart: bool = False) -> list[str]:
+        """Apply the files as they are now; returns the changed names. Raises MlxdError, and then the old configuration stays.
 
-        What only the supervisor reads is applied at once; what a server or an engine reads waits for `mlxd restart`.
+        A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong; with `restart` the
+        server in any case, and engines that are not of our version, or wait for their next try.
         """
         try:
-            new = self.load_config()
-        except ConfigError as error:
+            new, old = self.load_config(), self.config
+            if (new.server.port, new.server.host) != (old.server.port, old.server.host) and not self.obstacle:
+                self.port.move(new.server)
+        except MlxdError as error:
             self.config_problem = str(error)
             log.error("the new configuration is refused, the old one stays: %s", error)
             raise
-        self.config_problem = ""
-        changed = differences(self.config, new)
+        self.config, self.config_problem = new, ""
+        changed = differences(old, new)
         if changed:
             log.info("the configuration changed: %s", ", ".join(changed))
-        held = [one for one in self.children() if one.state is State.HELD and one.hold_cause == "fault"]
-        now = ["supervisor", "health"] + (["engine"] if any(one.kind == "engine" for one in held) else [])
-        if not any(server.state is State.READY for server in self.servers()):
-            now = list(new.__struct_fields__)  # nothing is served that a change could disturb
-        self.config = msgspec.structs.replace(self.config, **{section: getattr(new, section) for section in now})
-        self.waiting_changes = [name for name in changed if name.split(".")[0] not in now]
-        if changed:
-            for one in held:
-                self.handle(one, Event.RENEWED)
-            self.look_at_holds()
+        if not changed and not restart:
+            return []
+        for engine in list(self.engines):
+            outdated = engine.pid is None or engine.version not in ("", __version__)
+            if config.of_engine(new) != config.of_engine(old) or engine.hold_cause == "fault" or (restart and outdated):
+                self.renew(engine)
+        server_held = self.server is not None and self.server.hold_cause == "fault"
+        if config.of_server(new) != config.of_server(old) or server_held or restart:
+            self.restart_server()
+        self.look_at_holds()
         return changed
 
 
@@ -897,6 +962,8 @@ def begin_log(path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Run the supervisor in the foreground; the exit status. `arguments`: any number of `--set section.key=JSON`."""
     os.umask(0o077)
+    rehearsal = arguments[-1:] == [handover.REHEARSE]
+    arguments = arguments[:-1] if rehearsal else arguments
     flags = {}
     for name, value in zip(arguments[::2], arguments[1::2], strict=True):
         assert name == "--set", name
@@ -904,9 +971,15 @@ def main(arguments: list[str]) -> int:
         flags[dotted] = json.loads(text)
     where = paths.locate()
     try:
-        paths.prepare(where)
-        settings = load(where, flags)
-        lock = Lock(where)
+        handed = handover.receive()
+        if rehearsal:
+            load(where, flags)
+            return 0 if handed is not None and handed.settings else 1
+        if handed is None:
+            paths.prepare(where)
+            settings, lock = load(where, flags), Lock(where)
+        else:
+            settings, lock = handed.settings, Lock(where, handed.lock_fd)
     except AlreadyRunning as running:
         print(running, file=sys.stderr)
         return running.exit_status
@@ -915,8 +988,8 @@ def main(arguments: list[str]) -> int:
         return error.exit_status
     begin_log(where.log("supervisor"))
     link.raise_nofile(8192)
-    log.info("mlxd %s, pid %d, in %s", __version__, os.getpid(), where.home)
-    return asyncio.run(Supervisor(where, settings, flags, lock).run())
+    log.info("mlxd %s, pid %d, in %s%s", __version__, os.getpid(), where.home, ", goes on" if handed is not None else "")
+    return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
 
 
 if __name__ == "__main__":

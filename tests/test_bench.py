@@ -49,3 +49,8 @@ def test_recovery_loses_nothing_and_says_so() -> None:
 def test_a_short_soak_answers_everything_as_it_should_be() -> None:
     table = python(ROOT / "bench" / "soak.py", "--requests", "80")
     assert "      80      0 " in table
+
+
+def test_restarts_under_load_are_noticed_by_nobody() -> None:
+    told = python(ROOT / "bench" / "handover.py", "--clients", "4", "--server", "3", "--supervisor", "2")
+    assert "refused 0  reset 0  lost 0  wrong 0" in told
