@@ -10,7 +10,7 @@ process that holds a model is made expendable, and what must not be lost lives e
 
 - The *supervisor* (`supervisor.py`) binds the public port, spawns the server and the engines, learns of every exit from the
   kernel, and decides what happens next by asking a pure table (`policy.py`). It imports neither mlx nor a web framework: it idles
-  at some 30 MB and sleeps until something happens.
+  at some 30 MB and sleeps until something happens. It is replaced in place (`handover.py`), and nobody notices.
 - The *server* (`server.py`) speaks HTTP in several dialects (`api/`), admits requests (`admission.py`) and hands them to engines over
   unix sockets (`pool.py`). It never imports mlx, so generation and HTTP never share an interpreter lock, nor a fate.
 - An *engine* (`engine/`) loads one model and runs continuous batches of mlx-lm over it. It has no network. When it dies, its requests

@@ -141,31 +141,35 @@ async def hand_over(s: Supervisor) -> NoReturn:
 
 async def rehearse(s: Supervisor) -> None:
     """See that the code on disk starts, can read what it will be handed, and accepts the configuration. Raises MlxdError."""
-    with written(described(s, {}, None)) as file, tempfile.TemporaryFile() as said:
-        try:
-            pid = spawn_rehearsal(file.fileno(), said)
-        except OSError as error:
-            raise MlxdError(f"the new supervisor cannot be started ({error}); the old one goes on") from error
-        s.awaited[pid] = ended = s.loop.create_future()
-        try:
-            await asyncio.wait([ended], timeout=REHEARSAL_S)
-        finally:
-            del s.awaited[pid]
-            if not ended.done():
-                os.killpg(pid, signal.SIGKILL)
-        if not ended.done():
-            raise MlxdError(f"the new supervisor was not ready within {REHEARSAL_S:g} s; the old one goes on")
-        outcome = os.waitstatus_to_exitcode(ended.result())
-        said.seek(0)
-        words = said.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
+    try:
+        with written(described(s, {}, None)) as file, tempfile.TemporaryFile() as said:
+            outcome = await outcome_of(s, spawn_rehearsal(file.fileno(), said))
+            said.seek(0)
+            words = said.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
+    except OSError as error:
+        raise MlxdError(f"the new supervisor cannot be started ({error}); the old one goes on") from error
+    if outcome is None:
+        raise MlxdError(f"the new supervisor was not ready within {REHEARSAL_S:g} s; the old one goes on")
     if outcome:
         refusal = MlxdError(f"the new supervisor would not start ({words or f'status {outcome}'}); the old one goes on")
         refusal.exit_status = 78 if outcome == 78 else 1
         raise refusal
 
 
+async def outcome_of(s: Supervisor, pid: int) -> int | None:
+    """Its exit status, negative for a signal; None when it took too long and was killed."""
+    s.awaited[pid] = ended = s.loop.create_future()
+    try:
+        await asyncio.wait([ended], timeout=REHEARSAL_S)
+    finally:
+        del s.awaited[pid]
+        if not ended.done():
+            os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(ended.result()) if ended.done() else None
+
+
 def spawn_rehearsal(fd: int, said: IO[bytes]) -> int:
-    """The pid; the loop hears of its end. Raises OSError."""
+    """The pid. Raises OSError."""
     process = subprocess.Popen(
         [*sys.orig_argv, REHEARSE],
         executable=sys.executable,

@@ -184,8 +184,9 @@ def test_a_child_that_ends_while_nobody_looks_is_reaped_and_replaced(daemon: Mak
         before = d.until("ready", settled)
         pid = before["server"]["pid"] if which == "server" else before["engines"][0]["pid"]
         with asking(d, "restart_supervisor") as asked:
-            # The log's line is the first thing that the next one does, and then it takes what was left.
-            eventually(lambda n=n: d.log().count("goes on") == n + 1 or rehearsing(d.status()), "the hand-over", d.history)
+            eventually(lambda told=before: rehearsing(told), "the rehearsal", d.history)
+            if n:
+                eventually(lambda told=before: not rehearsing(told), "its end: the next supervisor comes", d.history)
             os.kill(pid, number)
             assert json.loads(asked.readline())["supervisor"]["run"] == n + 2
         record = d.until("its end", lambda s, pid=pid: s["last_exit"] and s["last_exit"]["pid"] == pid)["last_exit"]
