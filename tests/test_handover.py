@@ -465,6 +465,22 @@ def test_while_it_stops_or_is_being_replaced_a_supervisor_is_not_replaced(daemon
             control.ask(d.paths.control, verb)
 
 
+def test_a_caller_who_says_nothing_or_too_much_holds_nobody_up(daemon: Make) -> None:
+    d = daemon(server="--want a:latest")
+    d.start()
+    before = d.until("ready", settled)
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as verbose:
+        for sock in (silent, verbose):
+            sock.settimeout(60)
+            sock.connect(str(d.paths.control))
+        with suppress(ConnectionError):
+            verbose.sendall(b"x" * 200_000)
+            assert verbose.recv(100) == b""
+        assert pids(renew(d)) == pids(before)
+        with suppress(ConnectionError):
+            assert silent.recv(100) == b""
+
+
 def test_without_a_daemon_there_is_no_supervisor_to_restart(daemon: Make) -> None:
     ran = daemon().mlxd("restart", "--supervisor")
     assert (ran.returncode, ran.stderr) == (3, "Error: mlxd is not running; start it with `mlxd start`\n")
