@@ -244,8 +244,7 @@ async def rejoin(s: Supervisor, parted: dict[Child, tuple[int, bytes]]) -> None:
         if place.link_fd >= 0 and one.link is not None:
             place.link_fd = os.dup(place.link_fd)
             one.link.writer.transport.abort()
-    for one, place in zip(parted, places, strict=True):
-        await join(s, one, place)
+    await join(s, list(zip(parted, places, strict=True)))
 
 
 def described(s: Supervisor, parted: dict[Child, tuple[int, bytes]], asker: socket.socket | None) -> Handover:
@@ -328,8 +327,7 @@ async def adopt(s: Supervisor, handed: Handover) -> None:
     s.server = handed.server.child if handed.server is not None else None
     s.retired = [place.child for place in handed.retired]
     s.engines = [place.child for place in handed.engines]
-    for place in handed.places:
-        await join(s, place.child, place)
+    await join(s, [(place.child, place) for place in handed.places])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if handed.unserved_from is not None:
         s.port.answer_from(handed.unserved_from)
@@ -349,14 +347,16 @@ async def adopt(s: Supervisor, handed: Handover) -> None:
         s.keep(answer(socket.socket(fileno=handed.asker_fd), status.report(s)))
 
 
-async def join(s: Supervisor, one: Child, place: Place) -> None:
-    """Open the link of a child again, and listen."""
-    if place.link_fd >= 0:
-        await s.open_link(one, socket.socket(fileno=place.link_fd), place.unread)
-    if place.deaf:
-        s.await_silence(one, one.pid)
-    elif one.link is not None:
-        s.readers[one] = s.keep(s.listen(one, one.link))
+async def join(s: Supervisor, children: list[tuple[Child, Place]]) -> None:
+    """Open the links of children again, and then listen: what one says may be an order to another."""
+    for one, place in children:
+        if place.link_fd >= 0:
+            await s.open_link(one, socket.socket(fileno=place.link_fd), place.unread)
+    for one, place in children:
+        if place.deaf:
+            s.await_silence(one, one.pid)
+        elif one.link is not None:
+            s.readers[one] = s.keep(s.listen(one, one.link))
 
 
 async def answer(asker: socket.socket, told: dict[str, Any]) -> None:

@@ -175,23 +175,61 @@ def rehearsing(told: Status) -> bool:
     return False
 
 
+#: Read by every Python of the daemons of `slowly`.
+SLOWLY = """
+import os, sys, time
+if {variable!r} in os.environ and {rehearse!r} not in sys.orig_argv:
+    open({mark!r}, "w")
+    time.sleep(3)
+elif "MLXD_CHILD" in os.environ:
+    time.sleep(1)
+"""
+
+
+def slowly(d: Daemon) -> Daemon:
+    """Between two supervisors nobody looks for three seconds; a child takes one to say hello, longer than a rehearsal."""
+    text = SLOWLY.format(variable=handover.VARIABLE, rehearse=handover.REHEARSE, mark=str(d.home / "between"))
+    shadowed(d, "sitecustomize.py").write_text(text)
+    return d
+
+
+def between(d: Daemon) -> None:
+    """Returns when the old supervisor is gone and the new one is not there yet."""
+    eventually((d.home / "between").exists, "the time between", d.history)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
 @pytest.mark.parametrize("which", ["server", "engines"])
 def test_a_child_that_ends_while_nobody_looks_is_reaped_and_replaced(daemon: Make, which: str, number: int) -> None:
-    d = daemon(server="--want a:latest")
+    d = slowly(daemon(server="--want a:latest"))
     d.start()
-    for n in range(3):
-        before = d.until("ready", settled)
-        pid = before["server"]["pid"] if which == "server" else before["engines"][0]["pid"]
-        with asking(d, "restart_supervisor") as asked:
-            eventually(lambda told=before: rehearsing(told), "the rehearsal", d.history)
-            if n:
-                eventually(lambda told=before: not rehearsing(told), "its end: the next supervisor comes", d.history)
-            os.kill(pid, number)
-            assert json.loads(asked.readline())["supervisor"]["run"] == n + 2
-        record = d.until("its end", lambda s, pid=pid: s["last_exit"] and s["last_exit"]["pid"] == pid)["last_exit"]
-        assert record["signal"] == number
+    before = d.until("ready", settled)
+    pid = before["server"]["pid"] if which == "server" else before["engines"][0]["pid"]
+    with asking(d, "restart_supervisor") as asked:
+        between(d)
+        os.kill(pid, number)
+        assert json.loads(asked.readline())["supervisor"]["run"] == 2
+    record = d.until("its end", lambda s, pid=pid: s["last_exit"] and s["last_exit"]["pid"] == pid)["last_exit"]
+    assert record["signal"] == number
     d.until("a new one", settled)
+
+
+def test_words_that_came_while_nobody_listened_are_heard(daemon: Make) -> None:
+    d = slowly(daemon(server="--want a:latest"))
+    d.start()
+    before = d.until("ready", settled)
+    with asking(d, "restart_supervisor") as asked:
+        # The new server says hello and ready meanwhile, upon which the old one is to be told to drain.
+        eventually(lambda: rehearsing(before), "the rehearsal", d.history)
+        control.ask(d.paths.control, "restart", timeout_s=60)
+        between(d)
+        port = before["port"]
+        assert http(port, f"GET / HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())[0] == 200
+        assert json.loads(asked.readline())["supervisor"]["run"] == 2
+    told = d.until("the old server's end", lambda s: s["last_exit"] and s["last_exit"]["pid"] == before["server"]["pid"])
+    assert told["last_exit"]["cause"] == "stopped" and told["server"]["restarts"] == 1
+    assert told["engines"][0]["pid"] == before["engines"][0]["pid"]
+    assert d.until("ready", settled)["server"]["state"] == "ready"
 
 
 @contextmanager
@@ -205,16 +243,16 @@ def asking(d: Daemon, verb: str) -> Iterator[Any]:
             yield file
 
 
-@pytest.mark.parametrize("when", ["at once", "rehearsal", "hand-over"])
+@pytest.mark.parametrize("when", ["at once", "rehearsal", "between"])
 def test_a_term_during_a_replacement_stops_in_good_order(daemon: Make, when: str) -> None:
-    d = daemon(server="--want a:latest")
+    d = slowly(daemon(server="--want a:latest"))
     process = d.run()
     told = d.until("ready", settled)
     with asking(d, "restart_supervisor"):
-        if when != "at once":
+        if when == "rehearsal":
             eventually(lambda: rehearsing(told), "the rehearsal", d.history)
-        if when == "hand-over":
-            eventually(lambda: not rehearsing(told), "its end", d.history)
+        if when == "between":
+            between(d)
         os.kill(told["supervisor"]["pid"], signal.SIGTERM)
         assert process.wait(60) == 0
     eventually(lambda: not d.ours(), "the end of every process", d.history)
@@ -347,7 +385,7 @@ def test_a_child_that_was_held_for_its_configuration_is_tried_by_the_next_superv
 # --- what is refused changes nothing --------------------------------------------------------------------------------------------
 
 
-def shadowed(d: Daemon, name: str, text: str) -> Path:
+def shadowed(d: Daemon, name: str) -> Path:
     """A module of ours that the daemon will import instead, from the next process on."""
     directory = d.home / "shadow"
     directory.mkdir(exist_ok=True)
@@ -365,7 +403,7 @@ def shadowed(d: Daemon, name: str, text: str) -> Path:
 )
 def test_new_code_that_does_not_start_changes_nothing(daemon: Make, text: str, sentence: str) -> None:
     d = daemon(server="--want a:latest")
-    module = shadowed(d, "tomllib.py", text)
+    module = shadowed(d, "tomllib.py")
     d.start()
     before = d.until("ready", settled)
     module.write_text(text)
@@ -382,7 +420,7 @@ def test_new_code_that_does_not_start_changes_nothing(daemon: Make, text: str, s
 
 def test_new_code_that_hangs_is_given_up(daemon: Make) -> None:
     d = daemon(server="--want a:latest")
-    module = shadowed(d, "tomllib.py", "")
+    module = shadowed(d, "tomllib.py")
     d.start()
     before = d.until("ready", settled)
     module.write_text("import time\ntime.sleep(600)\n")
@@ -409,7 +447,7 @@ def test_a_python_that_is_gone_at_the_last_moment_leaves_the_old_supervisor_at_w
     python.symlink_to(Path(sys.executable).resolve())
     d = daemon(server="--want a:latest")
     # The rehearsal, which this Python runs, removes it.
-    shadowed(d, "", "").joinpath("sitecustomize.py").write_text(
+    shadowed(d, "sitecustomize.py").write_text(
         f"import os\nif {handover.VARIABLE!r} in os.environ:\n    os.unlink({str(python)!r})\n"
     )
     packages = [path for path in sys.path if path.endswith("site-packages")]
