@@ -50,6 +50,8 @@ MEMORY_LOOK_S, MEMORY_WAIT_S = 0.25, 30.0
 MOST_DRAINING = 8
 #: A stack dump takes this long at most; then the ladder may begin, which would end it.
 DUMP_S = 1.0
+#: Resumed requests prefill for so long after an engine is ready (8 of 200 tokens: 0.4-0.55 s): no spare takes a core from them.
+SETTLE_S = 0.6
 #: How often, in ticks, the lock and the PID file are looked at.
 LOOK_TICKS = 30
 
@@ -426,11 +428,13 @@ class Supervisor:
 
     def mind_the_spare(self) -> None:
         """Keep a blank engine, and a second one while engines die: the next death may come before a new one has its imports behind it (1.2 s).
-        Made one at a time, and not while a model is loaded, which would lose a core by it."""
+        Made one at a time, and not while a model is loaded or its first requests resumed, which would lose a core by it."""
+        now = self.loop.time()
         coming_up = any(e.state in COMING_UP or (e.state is State.BLANK and e.model) for e in self.engines)
-        if self.stopping or self.server is None or coming_up:
+        settling = any(e.ready_at is not None and now < e.ready_at + SETTLE_S for e in self.engines)
+        if self.stopping or self.server is None or coming_up or settling:
             return
-        restless = self.loop.time() - self.config.supervisor.window_s
+        restless = now - self.config.supervisor.window_s
         spares = [engine for engine in self.engines if engine.model is None and engine.wanted]
         wanted = 2 if any(died > restless for engine in self.engines if engine.model for died in engine.deaths) else 1
         if len(spares) < wanted and psutil.virtual_memory().available >= self.config.supervisor.spare_bytes:
@@ -594,6 +598,7 @@ class Supervisor:
             if one.preload:
                 self.first_token = True
             self.tell_servers(self.engine_up(one))
+            self.loop.call_later(SETTLE_S, self.mind_the_spare)
         else:
             self.polls.clear()
             for old in list(self.retired):
