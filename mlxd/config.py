@@ -42,6 +42,7 @@ class Server(Section, frozen=True):
     queue_wait_s: Seconds = 120.0
     request_s: Seconds = 3600.0
     drain_s: Seconds = 30.0
+    ping_s: Seconds = 15.0  # proxies give up on a stream that is silent for 60 s
     origins: list[str] = []
 
 

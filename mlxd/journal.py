@@ -112,6 +112,11 @@ class Entry:
             raise Refused(500, message, code="engine_crashed", hopeless=True)
 
     @property
+    def resumes(self) -> int:
+        """On how many further engines it went on."""
+        return max(0, self.attempts - 1)
+
+    @property
     def suspect(self) -> bool:
         return self.deaths >= SUSPECT_DEATHS and not self.progressed
 

@@ -53,6 +53,29 @@ def make_model(directory: Path, config: dict[str, Any] | None = None, thinks: bo
     return directory
 
 
+class Background:
+    """A call in a thread and what came of it."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self.outcome: Any = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.run, args=(call,))
+        self.thread.start()
+
+    def run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.outcome = call()
+        except BaseException as error:  # handed to whoever asks for the result
+            self.error = error
+
+    def result(self) -> Any:
+        self.thread.join(30)
+        assert not self.thread.is_alive(), "still waiting for an answer"
+        if self.error:
+            raise self.error
+        return self.outcome
+
+
 class Engine:
     """One fake engine process."""
 
@@ -115,7 +138,7 @@ class Server:
 
 class Supervised:
     """A server and what its supervisor would do for it: engines come when wanted, go when released, and are replaced when they die.
-    Engines are fake but that of the built-in model.
+    Engines are fake but that of the built-in model. `usual_cause`: of an engine that was not killed; `pause_s`: until the next one comes.
 
     A model whose name holds `refused` cannot be loaded, one with `retried` not before 300 s, one with `held` is wanted in vain until
     `let_up`.
@@ -129,6 +152,7 @@ class Supervised:
         self.held: list[str] = []
         self.ending = False
         self.usual_cause = "error"
+        self.pause_s = 0.0
         self.lock = threading.RLock()
         self.listeners = [listener(socket.AF_INET, 0)]
         self.port = self.listeners[0].getsockname()[1]
@@ -201,6 +225,18 @@ class Supervised:
         """The first word of the server that fits."""
         return until(what, lambda: next((word for word in self.words if fits(word)), None), self.told)
 
+    def let_pass(self, beats: int) -> None:
+        """Wait until the server has beaten so often: once a second, and each time it looks at all that is silent."""
+        seen = self.count(messages.Beat)
+        until("beats", lambda: self.count(messages.Beat) >= seen + beats, self.told)
+
+    def emitted(self) -> int:
+        """Tokens, by the newest beat."""
+        return next((word.counters.emitted for word in reversed(self.words) if isinstance(word, messages.Beat)), 0)
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(word, kind) for word in self.words)
+
     def told(self) -> str:
         log = self.home / "server.log"
         return "\n".join([*self.history, log.read_text(errors="replace")[-4000:] if log.exists() else ""])
@@ -243,6 +279,7 @@ class Supervised:
         cause = "killed" if status == -signal.SIGKILL else "stopped" if engine.released else self.usual_cause
         self.say(EngineDown(engine.number, engine.model, cause, "released" if engine.released else "replaced"))
         if not engine.released:
+            time.sleep(self.pause_s)
             self.bring_up(engine.model)
 
     def release(self, model: str) -> None:

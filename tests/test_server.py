@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from known_answers import KNOWN
-from server_client import Supervised, supervised, until
+from server_client import Background, Supervised, supervised, until
 
 from mlxd.api.exchange import Exchange
 from mlxd.api.service import WRITE_STALL_S, Service
@@ -45,29 +45,6 @@ def words(n: int) -> str:
 
 def joined(lines: list[str]) -> str:
     return "".join(json.loads(line)["message"]["content"] for line in lines)
-
-
-class Background:
-    """A call in a thread and what came of it."""
-
-    def __init__(self, call: Callable[[], Any]):
-        self.outcome: Any = None
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self.run, args=(call,))
-        self.thread.start()
-
-    def run(self, call: Callable[[], Any]) -> None:
-        try:
-            self.outcome = call()
-        except BaseException as error:  # handed to whoever asks for the result
-            self.error = error
-
-    def result(self) -> Any:
-        self.thread.join(30)
-        assert not self.thread.is_alive(), "still waiting for an answer"
-        if self.error:
-            raise self.error
-        return self.outcome
 
 
 def ask(

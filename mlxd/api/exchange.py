@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, Protocol
 
 import mlxd
 from mlxd.errors import Refused
@@ -25,9 +25,18 @@ JSON = b"application/json"
 VERSION = (b"x-mlxd-version", mlxd.__version__.encode())
 
 
+class Filler(Protocol):
+    """What a stream says when it has nothing to say."""
+
+    stream_type: bytes
+
+    def ping(self) -> bytes: ...
+
+
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
-    `writing_since`: when the write in progress began, on the loop's clock; None when there is none."""
+    `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
+    `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send):
         self.scope = scope
@@ -40,8 +49,10 @@ class Exchange:
         self.left = False
         self.interruption: Refused | None = None
         self.task: asyncio.Task[Any] | None = None
+        self.filler: Filler | None = None
         self.writing_since: float | None = None
         self.clock = asyncio.get_running_loop().time
+        self.spoke_at = self.clock()
 
     def header(self, name: bytes) -> bytes:
         """The first header of that name, b"" without one."""
@@ -49,6 +60,10 @@ class Exchange:
 
     def age_ns(self) -> int:
         return time.monotonic_ns() - self.received_ns
+
+    def set_header(self, name: bytes, value: bytes) -> None:
+        """Of the answer, in place of an earlier one of that name."""
+        self.headers = [header for header in self.headers if header[0] != name] + [(name, value)]
 
     # --- in -------------------------------------------------------------------------------------------------------------------
 
@@ -104,30 +119,51 @@ class Exchange:
 
     async def reply(self, status: int, body: bytes, content_type: bytes = JSON) -> None:
         """A whole answer."""
-        self.headers += [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-        await self.start(status)
+        await self.start(status, [(b"content-type", content_type), (b"content-length", str(len(body)).encode())])
         await self.write(body, last=True)
 
     async def reply_empty(self) -> None:
         """204, which has neither type nor length."""
-        await self.start(204)
+        await self.start(204, [])
         await self.write(b"", last=True)
 
     async def stream(self, content_type: bytes) -> None:
         """Begin an answer of unknown length."""
-        self.headers += [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await self.start(200)
+        await self.start(200, [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
 
-    async def start(self, status: int) -> None:
-        await self.send({"type": "http.response.start", "status": status, "headers": self.headers})
+    async def start(self, status: int, headers: Headers) -> None:
+        self.writing_since = self.clock()
+        try:
+            await self.send({"type": "http.response.start", "status": status, "headers": self.headers + headers})
+        finally:
+            self.writing_since = None
         self.started = True
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """One network write. Waits while the client is behind with reading."""
         self.finished = last
-        self.writing_since = self.clock()
-        await self.send({"type": "http.response.body", "body": data, "more_body": not last})
-        self.writing_since = None
+        self.spoke_at = self.writing_since = self.clock()
+        try:
+            await self.send({"type": "http.response.body", "body": data, "more_body": not last})
+        finally:
+            self.writing_since = None
+
+    def fill(self, silent_s: float) -> None:
+        """Write the filler if nothing was written for so long. At once or not at all, so it never comes between other writes."""
+        if self.filler is None or self.interruption or self.left or self.finished or self.writing_since is not None:
+            return
+        if self.clock() - self.spoke_at >= silent_s and (self.started or at_once(self.stream(self.filler.stream_type))):
+            at_once(self.write(self.filler.ping()))
+
+
+def at_once(work: Coroutine[Any, Any, None]) -> bool:
+    """Do it without waiting; False: it would have had to wait (uvicorn does, before it writes, for a client that is behind)."""
+    try:
+        work.send(None)
+    except StopIteration:
+        return True
+    work.close()
+    return False
 
 
 def request_id(headers: Headers) -> bytes:

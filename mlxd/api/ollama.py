@@ -286,6 +286,13 @@ class Lines:
     def progress(self, done: int, total: int) -> bytes:
         return b""
 
+    def resumed(self, times: int) -> bytes:
+        return b""
+
+    def ping(self) -> bytes:
+        """NDJSON has no comments; Ollama's clients add an empty piece to what they have."""
+        return self.token("", False)
+
     def end(self, summary: Summary) -> bytes:
         return self.whole("", "", summary) + b"\n"
 

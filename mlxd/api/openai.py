@@ -217,6 +217,12 @@ class Chunks:
         """A comment keeps clients from giving up during a long prefill."""
         return b": prefill %d of %d\n\n" % (done, total)
 
+    def resumed(self, times: int) -> bytes:
+        return b": x-mlxd-resumed: %d\n\n" % times
+
+    def ping(self) -> bytes:
+        return b": ping\n\n"
+
     def end(self, summary: Summary) -> bytes:
         last = self.chunk(b"", encode(summary.reason))
         if self.include_usage:

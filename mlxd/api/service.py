@@ -14,11 +14,11 @@ from typing import Protocol
 
 from mlxd import guard
 from mlxd.admission import Admission, Priority
-from mlxd.api.exchange import Exchange
+from mlxd.api.exchange import Exchange, Filler
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
 from mlxd.journal import Entry, Journal, Request, Summary
-from mlxd.messages import ChildWord, Counters, Done, Event, ExitRecord, Progress, Token
+from mlxd.messages import Accepted, ChildWord, Counters, Done, Event, ExitRecord, Progress, Token
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, chat_template
 from mlxd.pool import Engine, Pool, keep_alive_s
@@ -27,15 +27,17 @@ from mlxd.pool import Engine, Pool, keep_alive_s
 WRITE_STALL_S = 30.0
 
 
-class View(Protocol):
-    """How a dialect shows one answer. b"": nothing to send. `whole` gets the text and the text of the thinking apart."""
+class View(Filler, Protocol):
+    """How a dialect shows one answer. b"": nothing to send. `whole` gets the text and the text of the thinking apart.
+    `resumed`: the stream goes on after so many engines have died."""
 
-    stream_type: bytes
     whole_type: bytes
 
     def token(self, text: str, thinking: bool) -> bytes: ...
 
     def progress(self, done: int, total: int) -> bytes: ...
+
+    def resumed(self, times: int) -> bytes: ...
 
     def end(self, summary: Summary) -> bytes: ...
 
@@ -129,6 +131,7 @@ class Service:
     async def run(self, exchange: Exchange, entry: Entry, view: View, stream: bool) -> None:
         """Admission, engines, bytes. Raises Refused."""
         request = entry.request
+        filler = view if stream else None
         wait_s, request_s = self.config.server.queue_wait_s, self.config.server.request_s
         try:
             async with asyncio.timeout(request_s):
@@ -136,12 +139,17 @@ class Service:
                     self.admission.enter(request.priority) as ticket,
                     self.pool.using(request.model, request.keep_alive_s) as engine,
                 ):
+                    exchange.filler = filler
                     await self.pool.ready(engine, wait_s)
+                    exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
                     await ticket.admitted()
+                    exchange.filler = filler
                     async with aclosing(self.pool.events(engine, entry, wait_s)) as events:
                         await (self.send_stream if stream else self.send_whole)(exchange, entry, view, events)
         except TimeoutError:
             raise Refused(504, f"the request took longer than {request_s:g} s", code="timeout", hopeless=True) from None
+        finally:
+            exchange.filler = None
 
     async def send_stream(self, exchange: Exchange, entry: Entry, view: View, events: AsyncIterator[Event]) -> None:
         """One write per event that has something to say."""
@@ -151,13 +159,15 @@ class Service:
                 self.journal.emitted += len(event.ids)
                 if event.text:
                     data = view.token(event.text, event.thinking)
+            elif isinstance(event, Accepted) and entry.resumes:
+                note_resumed(exchange, entry)
+                data = view.resumed(entry.resumes) if exchange.started else b""
             elif isinstance(event, Done):
                 data = view.end(entry.summary(event))
             elif isinstance(event, Progress) and event.done < event.total:
                 data = view.progress(event.done, event.total)
             if data:
                 if not exchange.started:
-                    note_resumed(exchange, entry)
                     await exchange.stream(view.stream_type)
                 await exchange.write(data, last=isinstance(event, Done))
 
@@ -168,8 +178,9 @@ class Service:
             if isinstance(event, Token):
                 self.journal.emitted += len(event.ids)
                 (thinking if event.thinking else text).append(event.text)
-            elif isinstance(event, Done):
+            elif isinstance(event, Accepted):
                 note_resumed(exchange, entry)
+            elif isinstance(event, Done):
                 body = view.whole("".join(text), "".join(thinking), entry.summary(event))
                 await exchange.reply(200, body, view.whole_type)
 
@@ -186,12 +197,13 @@ class Service:
         )
 
     def sweep(self) -> None:
-        """Once a second: models that nobody uses, clients that do not read."""
+        """Once a second: models that nobody uses, clients that do not read, streams that have been silent for long."""
         self.pool.sweep()
         stalled = self.pool.clock() - WRITE_STALL_S
         for exchange in list(self.exchanges):
             if exchange.writing_since is not None and exchange.writing_since < stalled:
                 exchange.abandon()
+            exchange.fill(self.config.server.ping_s)
 
 
 def default_keep_alive_s(config: Config) -> float:
@@ -212,8 +224,8 @@ def priority(exchange: Exchange) -> Priority:
 
 
 def note_resumed(exchange: Exchange, entry: Entry) -> None:
-    if entry.attempts > 1:
-        exchange.headers.append((b"x-mlxd-resumed", str(entry.attempts - 1).encode()))
+    if entry.resumes:
+        exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
 
 
 def refusal(error: Exception) -> Refused:
