@@ -42,6 +42,7 @@ class Server(Section, frozen=True):
     queue_wait_s: Seconds = 120.0
     request_s: Seconds = 3600.0
     drain_s: Seconds = 30.0
+    poison_s: Seconds = 600.0
     ping_s: Seconds = 15.0  # proxies give up on a stream that is silent for 60 s
     origins: list[str] = []
 
@@ -98,6 +99,7 @@ class Health(Section, frozen=True):
     stalled_s: Seconds = 60.0  # beats go on, work is in hand, and no counter moves
     stalled_prefill_s: Seconds = 120.0
     canary_s: Seconds = 300.0  # an engine that has ended nothing for so long gives a token of its own; 0: never
+    silent_s: Seconds = 300.0
     lag_s: Seconds = 1.0  # a server whose loop lags less than this and that beats is saturated, not dead
 
 

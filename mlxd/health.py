@@ -68,7 +68,7 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
 
 async def report(service: Service, exchange: Exchange) -> None:
     """200 when a request sent now would be served or queued."""
-    pool, admission = service.pool, service.admission
+    pool, admission, journal = service.pool, service.admission, service.journal
     word, reason = status(pool, service.draining, service.missing)
     clock = pool.clock()
     body = {
@@ -78,6 +78,7 @@ async def report(service: Service, exchange: Exchange) -> None:
         "version": mlxd.__version__,
         "engines": [described(engine, clock) for engine in pool.present],
         "queue": {"running": admission.running, "waiting": admission.waiting},
+        "requests": {"in_hand": len(journal.entries), "oldest_s": round(journal.oldest_s(), 3), "resumed": journal.resumed},
         "memory": {
             "server_bytes": psutil.Process().memory_info().rss,
             "engine_bytes": sum(engine.connection.counters.active_bytes for engine in pool.present if engine.connection),

@@ -1,16 +1,22 @@
 """The journal: every request from its acceptance to its last byte, so that an engine's death costs it nothing but time.
 
-Owns what was asked (`Request`) and what has come of it (`Entry`). Knows no dialect, no socket and no engine.
+Owns what was asked (`Request`), what has come of it (`Entry`) and which requests engines do not survive. Knows no dialect, no socket
+and no engine.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
-from mlxd.admission import Priority
+from mlxd.admission import BUSY, Priority
 from mlxd.errors import Refused
 from mlxd.messages import Accepted, Done, Event, Progress, Sampling, Submit, Token
 from mlxd.models import Model
@@ -18,6 +24,12 @@ from mlxd.models import Model
 #: A request in flight at this many deaths in a row without progress between them is suspect, and at one more given up.
 SUSPECT_DEATHS = 2
 MOST_DEATHS = 3
+#: Bodies of the requests in hand, together; one of the largest always fits.
+MOST_BYTES = 512 * 1024 * 1024
+#: Requests that are known to take engines with them; the oldest is forgotten.
+MOST_POISONS = 1024
+#: What of a request has no part in what the model is asked.
+NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "truncate", "keep_alive_s", "priority")
 
 
 class Request(Struct, kw_only=True):
@@ -38,6 +50,11 @@ class Request(Struct, kw_only=True):
     keep_alive_s: float | None = None
     priority: Priority = Priority.NORMAL
 
+    def fingerprint(self) -> bytes:
+        """Of what was asked, not of how the answer is drawn."""
+        asked = [getattr(self, name) for name in self.__struct_fields__ if name not in NOT_ASKED]
+        return hashlib.blake2b(msgspec.json.encode([self.model.name, self.model.digest, *asked]), digest_size=16).digest()
+
 
 class Summary(Struct, kw_only=True):
     """How an answer ended and what it cost. Durations in ns; they add up to no more than `total_ns`."""
@@ -54,24 +71,37 @@ class Summary(Struct, kw_only=True):
 
 
 class Entry:
-    """One request in hand: all that another engine needs to go on where this one stopped."""
+    """One request in hand: all that another engine needs to go on where this one stopped.
 
-    def __init__(self, request: Request, received_ns: int):
+    `attempts`: how many engines have had it; `deaths`: how many in a row died under it without progress; `cached`: prompt tokens that
+    none of them had to compute. `digest`: of the model whose tokens these are. Times: of the monotonic clock, ns.
+    """
+
+    def __init__(self, journal: Journal, request: Request, received_ns: int):
+        self.journal = journal
         self.request = request
         self.received_ns = received_ns
         self.submitted_ns = received_ns
         self.first_token_ns: int | None = None
+        self.digest: str | None = None
         self.prompt_ids: list[int] | None = None
+        self.cached: int | None = None
         self.emitted: list[int] = []
         self.prefilled = 0  # the furthest that any engine came
         self.attempts = 0
         self.deaths = 0
         self.progressed = False
 
-    def submit(self, job: int) -> Submit:
-        """The job that brings this request on from where it is."""
+    def submit(self, job: int, digest: str) -> Submit:
+        """The job that brings this request on from where it is, on an engine of the model with this digest. Raises Refused when that is
+        another than gave the tokens so far."""
         request = self.request
+        if digest != self.digest:
+            if self.emitted:
+                raise Refused(500, f"the files of {request.model.name} were replaced during the answer", code="model_changed")
+            self.digest, self.prompt_ids, self.cached = digest, None, None
         self.attempts += 1
+        self.journal.resumed += self.attempts > 1
         self.progressed = False
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
@@ -102,14 +132,15 @@ class Entry:
             self.prefilled = max(self.prefilled, event.done)
         elif isinstance(event, Accepted):
             self.prompt_ids = event.prompt_ids
+            cached = min(event.cached, len(event.prompt_ids))  # a resumed one's emitted tokens may have come from the cache, too
+            self.cached = cached if self.cached is None else min(self.cached, cached)
 
     def outlive(self, cause: str) -> None:
         """Its engine died. Raises Refused when that was once too often."""
         self.deaths = 1 if self.progressed else self.deaths + 1
         self.progressed = False
         if self.deaths >= MOST_DEATHS:
-            message = f"the engine died {self.deaths} times in a row while it worked on this request: {cause}"
-            raise Refused(500, message, code="engine_crashed", hopeless=True)
+            raise self.journal.condemned(self.request, cause)
 
     @property
     def resumes(self) -> int:
@@ -127,23 +158,81 @@ class Entry:
         load = max(1, self.submitted_ns - self.received_ns)
         first = self.first_token_ns or now
         alone = self.attempts == 1
-        prompt = min(done.prompt_ns if alone else first - self.submitted_ns, total - load)
+        prompt = max(1, min(done.prompt_ns if alone else first - self.submitted_ns, total - load))
+        evaluation = max(1, min(done.eval_ns if alone else now - first, total - load - prompt))
         return Summary(
             reason=done.reason,
             stop_string=done.stop_string,
             prompt_ids=self.prompt_ids or [],
             emitted=self.emitted,
-            cached_tokens=done.cached_tokens,
-            total_ns=total,
+            cached_tokens=self.cached or 0,
+            total_ns=max(total, load + prompt + evaluation),
             load_ns=load,
-            prompt_ns=max(1, prompt),
-            eval_ns=max(1, min(done.eval_ns if alone else now - first, total - load - prompt)),
+            prompt_ns=prompt,
+            eval_ns=evaluation,
         )
 
 
 class Journal:
-    """How much work has been done since the server started."""
+    """The requests in hand, what those before them came to, and which ones engines do not survive: by fingerprint, until when (on the
+    monotonic clock, s) and the class of the cause."""
 
-    def __init__(self) -> None:
+    def __init__(self, poison_s: float):
+        self.poison_s = poison_s
+        self.entries: set[Entry] = set()
+        self.held_bytes = 0
         self.finished = 0
-        self.emitted = 0
+        self.resumed = 0
+        self.emitted_before = 0
+        self.poisons: dict[bytes, tuple[float, str]] = {}
+
+    @contextmanager
+    def keep(self, request: Request, received_ns: int, size_bytes: int) -> Iterator[Entry]:
+        """The entry of a request that came in `size_bytes`. Raises Refused: it is poison, or there is no room for it."""
+        self.refuse_poison(request)
+        if self.entries and self.held_bytes + size_bytes > MOST_BYTES:
+            raise Refused(503, BUSY, code="journal_full", retry_s=1)
+        entry = Entry(self, request, received_ns)
+        self.entries.add(entry)
+        self.held_bytes += size_bytes
+        try:
+            yield entry
+        finally:
+            self.entries.remove(entry)
+            self.held_bytes -= size_bytes
+            self.finished += 1
+            self.emitted_before += len(entry.emitted)
+
+    @property
+    def emitted(self) -> int:
+        """Tokens since the server started."""
+        return self.emitted_before + sum(len(entry.emitted) for entry in self.entries)
+
+    def oldest_s(self) -> float:
+        """How long the oldest of them has been in hand."""
+        now = time.monotonic_ns()
+        return max(((now - entry.received_ns) / 1e9 for entry in self.entries), default=0.0)
+
+    def condemned(self, request: Request, cause: str) -> Refused:
+        """The refusal of a request that engines do not survive; for `poison_s` nobody's request for the same is let in."""
+        fingerprint = request.fingerprint()
+        self.poisons.pop(fingerprint, None)  # so that the first one is the oldest
+        self.poisons[fingerprint] = time.monotonic() + self.poison_s, cause
+        if len(self.poisons) > MOST_POISONS:
+            del self.poisons[next(iter(self.poisons))]
+        return poisonous(cause, self.poison_s)
+
+    def refuse_poison(self, request: Request) -> None:
+        """Raises Refused if engines do not survive it."""
+        now = time.monotonic()
+        while self.poisons and next(iter(self.poisons.values()))[0] <= now:
+            del self.poisons[next(iter(self.poisons))]
+        if not self.poisons or (known := self.poisons.get(request.fingerprint())) is None:
+            return
+        until, cause = known
+        raise poisonous(cause, until - now)
+
+
+def poisonous(cause: str, left_s: float) -> Refused:
+    message = f"the engine died {MOST_DEATHS} times in a row while it worked on this request: {cause}"
+    return Refused(500, f"{message}; it is refused for {math.ceil(left_s)} s", code="engine_crashed", hopeless=True)

@@ -21,7 +21,22 @@ from mlxd import causes, messages
 from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Entry
-from mlxd.messages import Cancel, Counters, Done, EngineDown, EngineUp, Event, Failed, Loaded, Pulse, Release, Step, Token, Want
+from mlxd.messages import (
+    Cancel,
+    Counters,
+    Done,
+    EngineDown,
+    EngineUp,
+    Event,
+    Failed,
+    Loaded,
+    Pulse,
+    Release,
+    Stalled,
+    Step,
+    Token,
+    Want,
+)
 from mlxd.models import Model
 
 #: A connection to an engine that is up is tried again after this long.
@@ -30,6 +45,8 @@ RECONNECT_S = 0.25
 MOST_UNREAD = 8192
 #: A model needs room for its weights and a fifth of that again before it is loaded beside others.
 ROOM = 1.2
+#: A sweep that comes so much late means that this process was stopped: nothing could be heard meanwhile.
+PAUSE_S = 2.0
 #: Ends of an engine that are not the fault of those who lose it: somebody outside, or mlxd itself, ended it; "deadline": the guilty
 #: request was answered; "": only the connection broke.
 FAULTLESS = causes.FAULTLESS | {""}
@@ -77,7 +94,9 @@ class Job:
 
 
 class Connection:
-    """A connected engine's socket and the jobs on it."""
+    """A connected engine's socket and the jobs on it. `digest`: of the model's files when it came up. `heard_at`: when it last said
+    anything of a job, or got one while it had none; infinity once that has been found too long ago. `cause`: the class of what ended
+    the engine; None while it is not known, also when only the connection is broken."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loaded: Loaded):
         self.reader = reader
@@ -88,7 +107,9 @@ class Connection:
         loop = asyncio.get_running_loop()
         self.clock = loop.time
         self.counters = Counters()
-        self.beat_at = self.token_at = loop.time()
+        self.beat_at = self.token_at = self.heard_at = loop.time()
+        self.digest = ""
+        self.cause: str | None = None
 
     @classmethod
     async def open(cls, path: str, model: str) -> Connection:
@@ -107,11 +128,13 @@ class Connection:
         """Raises Refused when an engine cannot be told of it."""
         job = Job(next(self.numbers))
         try:
-            frame = messages.frame(entry.submit(job.number))
+            frame = messages.frame(entry.submit(job.number, self.digest))
         except OverflowError:  # msgpack's integers have 64 bits, JSON's any number
             raise Refused(400, "a number in the request is too large: integers have at most 64 bits", hopeless=True) from None
         except ValueError as error:
             raise Refused(400, f"the request is too large: {error}", hopeless=True) from None
+        if not self.jobs:
+            self.heard_at = self.clock()
         self.writer.write(frame)
         self.jobs[job.number] = job
         return job
@@ -137,7 +160,7 @@ class Connection:
         while True:
             match await read_frame(self.reader):
                 case Step(events=events):
-                    self.beat_at = self.clock()
+                    self.beat_at = self.heard_at = self.clock()
                     for event in events:
                         if type(event) is Token:
                             self.token_at = self.beat_at
@@ -166,6 +189,7 @@ class Engine:
 
     `state`: absent (not wanted), loading (wanted; also while a dead one is replaced), ready (connected), retried (the supervisor tries
     again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `cause`: why it last went.
+    `latest`: the connection, or the one before.
     `suspects`: requests that run alone, one after the other, since engines died under them.
     """
 
@@ -176,6 +200,7 @@ class Engine:
         self.state: State = "absent"
         self.up: EngineUp | None = None
         self.connection: Connection | None = None
+        self.latest: Connection | None = None
         self.connecting: asyncio.Task[None] | None = None
         self.cause = ""
         self.retry_at = 0.0
@@ -205,7 +230,7 @@ class Pool:
         self,
         config: Config,
         keep_alive_s: float,
-        say: Callable[[Want | Release], None],
+        say: Callable[[Want | Release | Stalled], None],
         look_up: Callable[[str], Awaitable[Model | None]],
     ):
         self.config = config
@@ -216,6 +241,7 @@ class Pool:
         self.making_room = asyncio.Lock()
         self.changed = asyncio.Event()  # some engine's state
         self.left = asyncio.Event()  # somebody left an engine
+        self.swept_at = math.inf
 
     @property
     def present(self) -> list[Engine]:
@@ -260,28 +286,23 @@ class Pool:
                 raise Refused(
                     400, f"model '{engine.model.name}' cannot be loaded: {engine.cause}", code="model_refused", hopeless=True
                 )
+            if engine.state in ("absent", "retried") and (left := engine.retry_at - now()) > patience_s:
+                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code="retried", retry_s=left)
             if engine.state == "absent":
                 await self.load(engine, patience_s)
-                continue
-            if engine.state == "retried" and (left := engine.retry_at - now()) > patience_s:
-                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code="retried", retry_s=left)
-            await self.changed.wait()
+            else:
+                await self.changed.wait()
 
     async def events(self, engine: Engine, entry: Entry, patience_s: float) -> AsyncGenerator[Event, None]:
         """All events of a request, from as many engines as it takes. The last is Done. Raises Refused."""
-        bereft = False
         while True:
             connection = await self.ready(engine, patience_s)
-            if bereft and engine.cause not in FAULTLESS:
-                entry.outlive(engine.cause)
-            bereft = False
             on_trial = entry.suspect
             if on_trial:
                 engine.suspects.append(entry)
             try:
                 if not await self.let_suspects_pass(engine, entry, connection):
                     continue
-                engine.cause = ""
                 job = connection.submit(entry)
                 try:
                     while True:
@@ -298,10 +319,18 @@ class Pool:
                 finally:
                     connection.leave(job)
             except EngineGone:
-                bereft = True  # another one will come
+                cause = await self.cause_of_end(engine, connection)
+                if cause not in FAULTLESS:
+                    entry.outlive(cause)
             finally:
                 if on_trial:
                     self.acquit(engine, entry)
+
+    async def cause_of_end(self, engine: Engine, connection: Connection) -> str:
+        """The class of what ended the engine at the other end; "" when only the connection broke."""
+        while connection.cause is None and engine.connection is None:
+            await self.changed.wait()
+        return connection.cause or ""
 
     async def let_suspects_pass(self, engine: Engine, entry: Entry, connection: Connection) -> bool:
         """Requests under which engines keep dying go first and alone, until they make progress: so only the guilty one is given up.
@@ -374,10 +403,20 @@ class Pool:
         self.changed = asyncio.Event()
 
     def sweep(self) -> None:
-        """Release what nobody has used for its keep_alive. Once a second."""
+        """Once a second: release what nobody has used for its keep_alive; say which engines keep silent about their jobs."""
+        paused = now() > self.swept_at + 1.0 + PAUSE_S
+        self.swept_at = now()
         for engine in self.present:
             if engine.idle and engine.expires_at <= now():
                 self.release(engine)
+            connection = engine.connection
+            if connection is None or not connection.jobs or engine.up is None:
+                continue
+            if paused:
+                connection.heard_at = now()
+            elif now() - connection.heard_at > self.config.health.silent_s:
+                connection.heard_at = math.inf
+                self.say(Stalled(engine.up.id))
 
     # --- what the supervisor says ---------------------------------------------------------------------------------------------
 
@@ -402,24 +441,31 @@ class Pool:
         if engine is None:
             return
         self.disconnect(engine)
+        if engine.latest is not None and engine.latest.cause is None:
+            engine.latest.cause = down.cause
+        if down.next == "released":  # if it was to be retried, it still is not before its time
+            self.turn(engine, "absent")
+            return
         engine.cause = down.cause
+        engine.retry_at = now() + down.retry_s
         if down.next == "refused":
             engine.refusals += 1
-        if down.next in ("refused", "released"):
             self.turn(engine, "absent")
         elif engine.state != "releasing":  # else our word and theirs have crossed
-            engine.retry_at = now() + down.retry_s
             self.turn(engine, "retried" if down.next == "retried" else "loading")
 
     async def keep_connected(self, engine: Engine, path: str) -> None:
         """Hold a connection to an engine that is up, for as long as the supervisor says so."""
+        model = await self.look_up(engine.model.name) or engine.model
         while True:
             try:
                 connection = await Connection.open(path, engine.model.name)
             except (OSError, EOFError, ValueError):
                 await asyncio.sleep(RECONNECT_S)  # it has died, and we shall be told, or it is not listening yet
                 continue
-            engine.connection = connection
+            connection.digest = model.digest
+            engine.connection = engine.latest = connection
+            engine.retry_at = 0.0
             self.turn(engine, "ready")
             try:
                 await connection.listen()

@@ -9,8 +9,10 @@ as well: hello, beats, load, ready. What it does stands in the text of the last 
     size=100    bytes of text per token           hang       accepts and says nothing more
     think=2     that many tokens of thinking      echo       the answer is the Submit it got, as JSON
     length      ends with reason "length"         burst      all tokens in one frame
+    wall=3      exits whenever it is to give that token
 
-and, for how it loads, in the name of the model: `refused`, `dies-loading`, `slow-loading` (2 s), `never-ready`, `ignores-term`.
+and, for how it loads, in the name of the model: `refused`, `dies-loading` (until its directory holds a file `healed`), `slow-loading`
+(2 s), `never-ready`, `ignores-term`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import itertools
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -130,6 +133,9 @@ class Script:
             if "die" in self.words and token.ids[0] == self.number("die", 0) > len(submit.emitted):
                 await self.writer.drain()
                 os._exit(3)
+            if "wall" in self.words and token.ids[0] == self.number("wall", 0):
+                await self.writer.drain()
+                os._exit(3)
             self.counters.emitted += 1
             if "burst" not in self.words:
                 self.send(token)
@@ -176,18 +182,18 @@ async def be_child() -> None:
 
     async def handle(word: messages.SupervisorWord) -> None:
         match word:
-            case Load(model=model):
-                await load(model)
+            case Load(model=model, directory=directory):
+                await load(model, Path(directory))
             case Drain() | Stop():
                 await end()
 
-    async def load(model: str) -> None:
+    async def load(model: str, directory: Path) -> None:
         engine.model = model
         if "refused" in model:
             mine.send(Bye("refused", f"{model} is broken: model.safetensors is missing"))
             await mine.writer.drain()
             os._exit(0)
-        if "dies-loading" in model:
+        if "dies-loading" in model and not (directory / "healed").exists():
             os._exit(1)
         if "slow-loading" in model:
             await asyncio.sleep(2.0)

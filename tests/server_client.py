@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import msgspec
 from engine_client import EngineProcess
+from gate import Gate, Passes
 
 import mlxd
 from mlxd import messages
@@ -80,6 +81,7 @@ class Engine:
     """One fake engine process."""
 
     released = False
+    gate: Gate | None = None
 
     def __init__(self, number: int, model: str, home: Path):
         self.number = number
@@ -91,7 +93,7 @@ class Engine:
         return subprocess.Popen([sys.executable, FAKE, self.path, self.model], stdin=subprocess.DEVNULL)
 
     def up(self) -> EngineUp:
-        return EngineUp(self.number, self.process.pid, self.model, str(self.path))
+        return EngineUp(self.number, self.process.pid, self.model, str(self.gate.path if self.gate else self.path))
 
     def await_ready(self) -> None:
         until(f"engine {self.number}", lambda: self.path.exists() or self.process.poll() is not None)
@@ -99,6 +101,8 @@ class Engine:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        if self.gate:
+            self.gate.close()
 
 
 class RealEngine(Engine):
@@ -138,7 +142,9 @@ class Server:
 
 class Supervised:
     """A server and what its supervisor would do for it: engines come when wanted, go when released, and are replaced when they die.
-    Engines are fake but that of the built-in model. `usual_cause`: of an engine that was not killed; `pause_s`: until the next one comes.
+    Engines are fake but that of the built-in model. `usual_cause`: of an engine that was not killed, `kill_cause`: of one that was.
+    `next`: what comes after a death, `retry_s`: when, as it is told; `pause_s`: when it is "replaced". `passes`: engines stand behind a
+    gate.
 
     A model whose name holds `refused` cannot be loaded, one with `retried` not before 300 s, one with `held` is wanted in vain until
     `let_up`.
@@ -152,7 +158,11 @@ class Supervised:
         self.held: list[str] = []
         self.ending = False
         self.usual_cause = "error"
+        self.kill_cause = "killed"
+        self.next: Literal["replaced", "retried"] = "replaced"
+        self.retry_s = 0.0
         self.pause_s = 0.0
+        self.passes: Passes | None = None
         self.lock = threading.RLock()
         self.listeners = [listener(socket.AF_INET, 0)]
         self.port = self.listeners[0].getsockname()[1]
@@ -268,6 +278,8 @@ class Supervised:
             if known is None:
                 self.engines.append(engine)
         engine.await_ready()
+        if known is None and self.passes is not None:
+            engine.gate = Gate(self.home / f"g{engine.number}.sock", engine.path, self.passes)
         self.say(engine.up())
         if known is None:
             threading.Thread(target=self.bury, args=(engine,), daemon=True).start()
@@ -276,9 +288,9 @@ class Supervised:
         status = engine.process.wait()
         if self.ending:
             return
-        cause = "killed" if status == -signal.SIGKILL else "stopped" if engine.released else self.usual_cause
-        self.say(EngineDown(engine.number, engine.model, cause, "released" if engine.released else "replaced"))
-        if not engine.released:
+        cause = "stopped" if engine.released else self.kill_cause if status == -signal.SIGKILL else self.usual_cause
+        self.say(EngineDown(engine.number, engine.model, cause, "released" if engine.released else self.next, self.retry_s))
+        if not engine.released and self.next == "replaced":
             time.sleep(self.pause_s)
             self.bring_up(engine.model)
 

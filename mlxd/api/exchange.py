@@ -44,6 +44,7 @@ class Exchange:
         self.send = send
         self.received_ns = time.monotonic_ns()
         self.headers: Headers = [(b"x-request-id", request_id(scope["headers"])), VERSION]
+        self.body_bytes = 0
         self.started = False
         self.finished = False
         self.left = False
@@ -79,6 +80,7 @@ class Exchange:
             if len(body) > MAX_BODY_BYTES:
                 raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
             if not message["more_body"]:
+                self.body_bytes = len(body)
                 return body
 
     async def while_connected(self, work: Awaitable[None]) -> None:

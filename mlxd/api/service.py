@@ -56,7 +56,7 @@ class Service:
         self.supervised = say is not None
         self.catalogue = Catalogue(config.models.dir)
         self.admission = Admission(server.max_concurrent, server.max_queue, server.queue_wait_s)
-        self.journal = Journal()
+        self.journal = Journal(server.poison_s)
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
         self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
         self.exchanges: set[Exchange] = set()
@@ -118,15 +118,13 @@ class Service:
         """Serve a request to its end, or until its client leaves. Raises Refused before the first byte."""
         self.check_supervised()
         request.priority = priority(exchange)
-        entry = Entry(request, exchange.received_ns)
-        try:
-            await exchange.while_connected(self.run(exchange, entry, view, stream))
-        except Exception as error:
-            if not exchange.started:
-                raise
-            await exchange.write(view.error(refusal(error)), last=True)
-        finally:
-            self.journal.finished += 1
+        with self.journal.keep(request, exchange.received_ns, exchange.body_bytes) as entry:
+            try:
+                await exchange.while_connected(self.run(exchange, entry, view, stream))
+            except Exception as error:
+                if not exchange.started:
+                    raise
+                await exchange.write(view.error(refusal(error)), last=True)
 
     async def run(self, exchange: Exchange, entry: Entry, view: View, stream: bool) -> None:
         """Admission, engines, bytes. Raises Refused."""
@@ -155,10 +153,8 @@ class Service:
         """One write per event that has something to say."""
         async for event in events:
             data = b""
-            if isinstance(event, Token):
-                self.journal.emitted += len(event.ids)
-                if event.text:
-                    data = view.token(event.text, event.thinking)
+            if isinstance(event, Token) and event.text:
+                data = view.token(event.text, event.thinking)
             elif isinstance(event, Accepted) and entry.resumes:
                 note_resumed(exchange, entry)
                 data = view.resumed(entry.resumes) if exchange.started else b""
@@ -176,7 +172,6 @@ class Service:
         thinking: list[str] = []
         async for event in events:
             if isinstance(event, Token):
-                self.journal.emitted += len(event.ids)
                 (thinking if event.thinking else text).append(event.text)
             elif isinstance(event, Accepted):
                 note_resumed(exchange, entry)
