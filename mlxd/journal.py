@@ -74,7 +74,8 @@ class Entry:
     """One request in hand: all that another engine needs to go on where this one stopped.
 
     `attempts`: how many engines have had it; `deaths`: how many in a row died under it without progress; `cached`: prompt tokens that
-    none of them had to compute. `digest`: of the model whose tokens these are. Times: of the monotonic clock, ns.
+    none of them had to compute; `reached`: tokens of prompt and answer that the best of them got through. `digest`: of the model whose
+    tokens these are. Times: of the monotonic clock, ns.
     """
 
     def __init__(self, journal: Journal, request: Request, received_ns: int):
@@ -87,7 +88,7 @@ class Entry:
         self.prompt_ids: list[int] | None = None
         self.cached: int | None = None
         self.emitted: list[int] = []
-        self.prefilled = 0  # the furthest that any engine came
+        self.reached = 0
         self.attempts = 0
         self.deaths = 0
         self.progressed = False
@@ -99,7 +100,7 @@ class Entry:
         if digest != self.digest:
             if self.emitted:
                 raise Refused(500, f"the files of {request.model.name} were replaced during the answer", code="model_changed")
-            self.digest, self.prompt_ids, self.cached = digest, None, None
+            self.digest, self.prompt_ids, self.cached, self.reached = digest, None, None, 0
         self.attempts += 1
         self.journal.resumed += self.attempts > 1
         self.progressed = False
@@ -126,14 +127,20 @@ class Entry:
             if self.first_token_ns is None:
                 self.first_token_ns = time.monotonic_ns()
             self.emitted += event.ids
-            self.progressed = True
+            self.reach(len(self.prompt_ids or []) + len(self.emitted))
         elif isinstance(event, Progress):
-            self.progressed |= event.done > self.prefilled
-            self.prefilled = max(self.prefilled, event.done)
+            self.reach(event.done)
         elif isinstance(event, Accepted):
             self.prompt_ids = event.prompt_ids
             cached = min(event.cached, len(event.prompt_ids))  # a resumed one's emitted tokens may have come from the cache, too
             self.cached = cached if self.cached is None else min(self.cached, cached)
+
+    def reach(self, position: int) -> None:
+        """An engine got so far, in tokens. What an earlier one has done is no progress, or a request that always kills the engine at the
+        same place would be tried for ever."""
+        if position > self.reached:
+            self.reached = position
+            self.progressed = True
 
     def outlive(self, cause: str) -> None:
         """Its engine died. Raises Refused when that was once too often."""

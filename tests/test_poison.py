@@ -85,6 +85,12 @@ def test_a_stream_that_had_begun_ends_with_the_cause(home: Path, path: str) -> N
         assert ask(server, path, "n=9 wall=3").status_code == 500
 
 
+def test_prefill_that_an_earlier_engine_had_done_is_no_progress(home: Path) -> None:
+    with supervised(home) as server:
+        assert "died 3 times in a row" in error(ask(server, PATHS[0], "n=3 prefill wall=0"))
+        assert len(server.engines) == 3
+
+
 def test_poison_is_let_in_again_after_its_time(home: Path) -> None:
     with supervised(home, server={"poison_s": 0.5}) as server:
         assert ask(server, PATHS[0], "poison").status_code == 500
