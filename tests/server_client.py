@@ -70,7 +70,7 @@ class Background:
             self.error = error
 
     def result(self) -> Any:
-        self.thread.join(30)
+        self.thread.join(90)
         assert not self.thread.is_alive(), "still waiting for an answer"
         if self.error:
             raise self.error
