@@ -72,7 +72,8 @@ class FakeEngine:
                     case Submit() as submit:
                         jobs[submit.job] = asyncio.create_task(self.work(submit, writer))
                     case Cancel(job=job):
-                        jobs.pop(job).cancel()
+                        if task := jobs.pop(job, None):
+                            task.cancel()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
