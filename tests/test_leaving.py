@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import random
-import signal
 import socket
 import tempfile
 import threading
@@ -18,7 +17,11 @@ from known_answers import LONG
 from server_client import PATIENCE_S, Background, Engine, Supervised, supervised, until
 
 from mlxd import messages
-from mlxd.messages import Pulse, Stalled
+from mlxd.api.service import Service
+from mlxd.config import Config
+from mlxd.messages import EngineUp, Loaded, Pulse, Stalled
+from mlxd.models import BUILTIN
+from mlxd.pool import PAUSE_S, Connection, Job
 
 #: How many clients leave; the long form is for `make test-full`.
 FEW, MANY = 48, 200
@@ -123,12 +126,27 @@ def test_an_engine_that_says_nothing_of_its_jobs_is_reported_once(home: Path) ->
             assert server.count(Stalled) == 1
 
 
-def test_a_server_that_was_stopped_itself_does_not_blame_an_engine(home: Path) -> None:
-    with supervised(home, health={"silent_s": 3}) as server, begin(server, PATHS[0], "tiny", "hang", True):
-        until("the job", lambda: [one["running"] for one in server.health()["engines"]] == [1], server.told)
-        os.kill(server.process.pid, signal.SIGSTOP)
-        time.sleep(4.5)
-        os.kill(server.process.pid, signal.SIGCONT)
-        server.let_pass(beats=2)
-        assert server.count(Stalled) == 0
-        server.expect("the report after all", lambda word: isinstance(word, Stalled))
+def test_a_server_that_was_stopped_itself_does_not_blame_an_engine() -> None:
+    async def run() -> None:
+        said: list[Any] = []
+        service = Service(Config(), said.append)
+        pool = service.pool
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        engine = pool.engine(await service.find(BUILTIN))
+        engine.state, engine.up = "ready", EngineUp(7, 1, BUILTIN, "")
+        connection = engine.connection = Connection(reader, writer, Loaded(pid=1, model=BUILTIN, context_length=1))
+        connection.jobs[1] = Job(1)
+        silent = pool.clock() - pool.config.health.silent_s - 1
+        connection.heard_at, pool.swept_at = silent, pool.clock() - PAUSE_S - 2
+        pool.sweep()
+        pool.sweep()
+        assert said == []
+        connection.heard_at = silent
+        pool.sweep()
+        pool.sweep()
+        assert said == [Stalled(7)]
+        writer.close()
+        theirs.close()
+
+    asyncio.run(run())
