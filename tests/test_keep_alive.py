@@ -87,17 +87,6 @@ def test_a_silent_stream_is_kept_alive_in_load_in_prefill_and_while_its_engine_i
         assert len(server.engines) == 2
 
 
-def test_a_stream_that_says_something_gets_no_pings(home: Path) -> None:
-    with supervised(home, server={"ping_s": 2}) as server:
-
-        def read(path: str) -> list[str]:
-            with stream(server, path, "n=30 delay=0.1") as (_, lines):
-                return list(lines)[:-3]
-
-        for path, lines in zip(PATHS, each(read), strict=True):
-            assert not any(PING[path] in line for line in lines)
-
-
 def test_a_whole_answer_is_not_begun_before_its_end(home: Path) -> None:
     with supervised(home, **QUICK) as server:
 
@@ -188,6 +177,22 @@ def test_a_ping_begins_the_answer_if_nothing_has() -> None:
         await wire.exchange.write(b"end", last=True)
         wire.exchange.fill(0)
         assert wire.sent == ["http.response.start", b"ping", b"ping", b"end"]
+
+    on_a_wire(run)
+
+
+def test_whatever_is_written_puts_the_next_ping_off() -> None:
+    async def run(wire: Wire) -> None:
+        exchange = wire.exchange
+        exchange.filler = Filler()
+        exchange.spoke_at -= 60
+        await exchange.stream(b"text/plain")
+        await exchange.write(b"word")
+        exchange.fill(60)
+        exchange.spoke_at -= 60
+        exchange.fill(60)
+        exchange.fill(60)
+        assert wire.sent == ["http.response.start", b"word", b"ping"]
 
     on_a_wire(run)
 

@@ -114,9 +114,9 @@ def test_the_real_engine_computes_nothing_for_clients_that_have_left(count: int)
 
 
 def test_an_engine_that_says_nothing_of_its_jobs_is_reported_once(home: Path) -> None:
-    with supervised(home, health={"silent_s": 1.5}) as server:
-        busy = begin(server, PATHS[0], "tiny", "n=60 delay=0.05", True)
-        server.let_pass(beats=3)
+    with supervised(home, health={"silent_s": 3}) as server:
+        busy = begin(server, PATHS[0], "tiny", "n=300 delay=0.05", True)
+        server.let_pass(beats=4)
         assert server.count(Stalled) == 0
         busy.close()
         with begin(server, PATHS[0], "tiny", "hang", True):
