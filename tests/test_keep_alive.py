@@ -84,7 +84,15 @@ def test_a_silent_stream_is_kept_alive_in_load_in_prefill_and_while_its_engine_i
             assert PING[path] in in_load[0]
             assert PING[path] in in_prefill[0]
             assert any(PING[path] in line for line in rest[:-3])  # the last one of Ollama's is empty anyway
+            if path != PATHS[2]:
+                end = json.loads(rest[-1])
+                assert end["eval_count"] == 30
+                assert end["eval_duration"] >= 1.5e9  # with the pause
+                assert end["prompt_eval_duration"] >= 1.5e9
+                assert end["total_duration"] >= end["load_duration"] + end["prompt_eval_duration"] + end["eval_duration"]
         assert len(server.engines) == 2
+        until("each token to be counted, and once", lambda: server.emitted() >= 90, server.told)
+        assert server.emitted() == 90
 
 
 def test_a_whole_answer_is_not_begun_before_its_end(home: Path) -> None:

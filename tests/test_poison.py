@@ -186,6 +186,18 @@ def test_requests_in_flight_when_a_model_is_given_up_for_a_while_are_told_when_t
         until("an answer", lambda: ask(server, PATHS[0], "n=1").status_code == 200, server.told)
 
 
+def test_who_waits_in_the_queue_is_told_as_soon_as_his_turn_comes(home: Path) -> None:
+    with supervised(home, server={"max_concurrent": 1}) as server:
+        calls = [Background(lambda: ask(server, PATHS[0], "n=1000 delay=0.05")) for _ in range(4)]
+        until("one to run", lambda: server.health()["queue"] == {"running": 1, "waiting": 3}, server.told)
+        server.next, server.retry_s, server.kill_cause = "retried", 200.0, "out of memory"
+        server.engines[0].kill()
+        for call in calls:
+            answer = call.result()
+            assert (answer.status_code, answer.headers["retry-after"] > "190") == (503, True)
+        assert server.health()["queue"] == {"running": 0, "waiting": 0}
+
+
 def test_requests_wait_for_a_try_that_is_near_and_go_on_with_it(home: Path) -> None:
     with supervised(home) as server:
         call = Background(lambda: ask(server, PATHS[0], "n=30 delay=0.05"))
