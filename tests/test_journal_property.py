@@ -43,8 +43,9 @@ from mlxd.messages import (
 from mlxd.server import App
 
 MODELS = ("a:latest", "b:latest")
-#: Long beside a test: nobody's patience ends in one. What is to be retried later than that is refused.
-PATIENCE_S = 1000.0
+#: Long beside an example: patience ends only where two models wait for each other, one for slots and one for room. What is to be
+#: retried later than that is refused.
+PATIENCE_S = 10.0
 SLOTS, SEATS = 2, 4
 
 
@@ -423,7 +424,7 @@ class World(RuleBasedStateMachine):
         """Let everything take its course; then nothing may be left."""
         for client in self.all:
             client.reads.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not all(client.task.done() for client in self.all):
                 await self.bring_up()
                 for engine in list(self.engines.values()):
