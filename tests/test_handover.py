@@ -147,8 +147,8 @@ def test_a_stream_goes_on_through_replacements_and_nobody_is_refused(real: Make)
         seen = len(answered)
         eventually(lambda: len(answered) > seen + 4, "answers", d.history)
     assert "".join(text + list(pieces)) == LONG[LONGEST]
-    assert pids(after) == pids(before)
-    assert [after["server"]["restarts"], *(e["restarts"] for e in after["engines"])] == [0, 0, 0]
+    assert pids(after)[:2] == pids(before)[:2]  # the spare may have come up meanwhile
+    assert [one["restarts"] for one in (after["server"], after["engines"][0])] == [0, 0]
 
 
 def test_requests_go_to_the_next_engine_when_one_is_killed_during_a_replacement(real: Make) -> None:
