@@ -29,7 +29,7 @@ from mlxd.models import BUILTIN
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 #: Waiting deadlines, not expectations: the machine is noisy.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def until(what: str, look: Callable[[], Any], history: Callable[[], str] = lambda: "", limit_s: float = PATIENCE_S) -> Any:

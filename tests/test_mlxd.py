@@ -380,7 +380,7 @@ def test_bad_requests_get_a_sentence_and_disturb_nobody(real: Callable[..., Daem
     assert status == 200 and json.loads(answer)["done_reason"] == "load"
     assert "".join(text + list(pieces)) == LONG[LONGEST]
     after = d.ready()
-    assert [e["pid"] for e in after["engines"]] == [e["pid"] for e in told["engines"]]
+    assert after["engines"][0]["pid"] == told["engines"][0]["pid"]
 
 
 def test_a_client_that_leaves_frees_its_slot(real: Callable[..., Daemon]) -> None:

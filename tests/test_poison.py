@@ -114,7 +114,8 @@ def test_the_real_engine_killed_three_times_under_one_request_is_not_given_it_ag
     def only_accepted(submit: Submit, seen: list[Event], event: Event) -> bool:
         return isinstance(event, Accepted)
 
-    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), ()) as server:
+    unpinged = {"ping_s": 3600}
+    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), (), server=unpinged) as server:
         server.kill_cause = "segfault"
         server.passes = only_accepted
         call = Background(lambda: ask(server, PATHS[1], "What is mlxd?", model="mlxd-tiny", stream=True))

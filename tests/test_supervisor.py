@@ -89,7 +89,7 @@ def test_f03_an_exit_0_that_nobody_asked_for_is_a_failure_and_counts(daemon: Mak
 
 
 def test_f04_exit_78_holds_the_child_until_the_configuration_changes(daemon: Make, home: Path) -> None:
-    d = daemon(server="--want a:latest", engine=f"--say no-such-setting --exit 78 --first 1 {home}/count")
+    d = daemon(server="--want a:latest", engine=f"--say no-such-setting --exit-loading 78 --first 1 {home}/count")
     d.start()
     told = d.until("held", lambda s: s["engines"][0]["state"] == "held" and s["state"] == "degraded")
     assert "no-such-setting" in told["reason"]
