@@ -100,7 +100,7 @@ def test_a_killed_spare_is_replaced_and_nobody_else_notices(daemon: Make) -> Non
 
 
 def test_while_engines_die_a_second_spare_stands_by(daemon: Make) -> None:
-    d = daemon(server="--want a:latest", engine="--finished 1", MLXD_SUPERVISOR_WINDOW_S="20", **SPARE)
+    d = daemon(server="--want a:latest", engine="--finished 1", MLXD_SUPERVISOR_WINDOW_S="8", **SPARE)
     d.start()
     pid = engine_of(d.until("a spare", standing_by))["pid"]
     eventually(lambda: beaten(d, pid), "a beat", d.history)
