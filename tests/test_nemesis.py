@@ -215,8 +215,14 @@ class Nemesis:
         return f"{name} {pids}"
 
     def restart(self) -> str:
+        return self.tell("restart")
+
+    def replace_supervisor(self) -> str:
+        return self.tell("restart_supervisor")
+
+    def tell(self, verb: str) -> str:
         try:
-            control.ask(self.daemon.paths.control, "restart", timeout_s=60)
+            control.ask(self.daemon.paths.control, verb, timeout_s=60)
         except MlxdError as refused:  # the configuration is invalid just now
             return str(refused)
         return ""
@@ -310,6 +316,7 @@ def alive(pid: int) -> bool:
 HARMLESS: dict[Callable[[Nemesis], object], int] = {
     Nemesis.hit_engine: 8,
     Nemesis.restart: 2,
+    Nemesis.replace_supervisor: 2,
     Nemesis.pause_all: 1,
     Nemesis.hang_up: 1,
     Nemesis.rewrite_config: 2,
