@@ -55,6 +55,13 @@ class Desk:
         """Who comes waits; conversations go on."""
         asyncio.get_running_loop().remove_reader(self.sock.fileno())
 
+    def move(self, sock: socket.socket) -> None:
+        """To another listening socket: nobody can reach the old one any more."""
+        self.close()
+        sock.setblocking(False)
+        self.sock = sock
+        self.open()
+
     def asker(self) -> socket.socket:
         """Whose verb the running task carries out."""
         task = asyncio.current_task()

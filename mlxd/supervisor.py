@@ -692,10 +692,19 @@ class Supervisor:
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
         self.let_go()
         self.mind_the_spare()
+        self.mend_control()
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
+
+    def mend_control(self) -> None:
+        """A cleaner of temporary files was here: without its name nobody finds the control socket."""
+        if not self.paths.control.exists() and not self.handing_over:
+            log.warning("the control socket was removed; it is put back")
+            with contextlib.suppress(OSError, ConfigError):  # the next look tries again
+                paths.prepare(self.paths)
+                self.control.move(desk.listen(self.paths.control))
 
     def look_at_beats(self, one: Child, now: float) -> None:
         if not one.alive or one.state not in RUNNING:

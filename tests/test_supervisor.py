@@ -407,6 +407,16 @@ def test_f26_a_pid_file_that_is_damaged_while_running_is_put_back(daemon: Make, 
     assert d.mlxd("stop").returncode == 0
 
 
+def test_f55_a_control_socket_that_was_removed_is_put_back(daemon: Make) -> None:
+    d = daemon()
+    d.start()
+    pid = d.ready()["supervisor"]["pid"]
+    d.paths.control.unlink()
+    assert not d.status()
+    assert d.until("an answer", lambda s: s["supervisor"])["supervisor"]["pid"] == pid
+    assert d.mlxd("stop").returncode == 0
+
+
 def test_f27_without_its_lock_file_a_second_start_is_still_refused(daemon: Make) -> None:
     d = daemon()
     told = d.start()
