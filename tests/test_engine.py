@@ -595,6 +595,14 @@ def test_an_idle_engine_gives_a_token_of_its_own_that_nobody_sees(tmp_path: Path
         assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
 
 
+def test_the_canary_finds_room_where_one_request_fills_the_batch(tmp_path: Path) -> None:
+    settings = config.Config(server=config.Server(max_concurrent=1), health=config.Health(canary_s=0.5))
+    with EngineProcess(tmp_path, settings) as process, process.load(BUILTIN).connect() as wire:
+        wire.ask(messages=user(QUESTION))
+        wire.until(lambda: counted(wire).canaries >= 2)
+        assert wire.ask(messages=user(QUESTION)).text == KNOWN[QUESTION]
+
+
 def test_the_canary_of_a_stuck_engine_shows_as_work_that_does_not_move(tmp_path: Path) -> None:
     stuck = tmp_path / "stuck"
     settings = config.Config(health=config.Health(canary_s=0.5))

@@ -219,6 +219,7 @@ class Batch:
 
     def one_token(self) -> Iterator[None]:
         """Generate one token for nobody, step by step, in a generator that has no rows. Neither prefixes nor counters see it."""
+        self.generator.prefill_batch_size = self.generator.completion_batch_size  # the last step may have left no room for prompts
         self.generator.insert([list(self.greeting)], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(self.greeting))])
         while not self.generator.next()[1]:
             yield
