@@ -86,6 +86,7 @@ class Entry:
         self.first_token_ns: int | None = None
         self.digest: str | None = None
         self.prompt_ids: list[int] | None = None
+        self.continued = True
         self.cached: int | None = None
         self.emitted: list[int] = []
         self.reached = 0
@@ -113,6 +114,7 @@ class Entry:
             messages=None if known else request.messages,
             prompt=None if known else request.prompt,
             prompt_ids=self.prompt_ids,
+            continued=self.continued,
             emitted=self.emitted,
             think=request.think,
             max_tokens=request.max_tokens,
@@ -131,7 +133,7 @@ class Entry:
         elif isinstance(event, Progress):
             self.reach(event.done)
         elif isinstance(event, Accepted):
-            self.prompt_ids = event.prompt_ids
+            self.prompt_ids, self.continued = event.prompt_ids, event.continued
             cached = min(event.cached, len(event.prompt_ids))  # a resumed one's emitted tokens may have come from the cache, too
             self.cached = cached if self.cached is None else min(self.cached, cached)
 

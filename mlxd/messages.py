@@ -218,8 +218,8 @@ class Submit(Struct, tag="submit", kw_only=True):
     """One job. Exactly one of `messages` (rendered through the chat template), `prompt` (text, untouched) and `prompt_ids` is given.
 
     `emitted` are tokens that an earlier engine already produced: they are prefilled after the prompt and generation goes on at
-    position len(emitted). `max_tokens` counts them too; None: until the context is full. `think` None: what the template does
-    by itself. `num_ctx` None: the model's own context.
+    position len(emitted). `continued`: see Accepted; it counts with `prompt_ids` only. `max_tokens` counts the emitted ones too; None:
+    until the context is full. `think` None: what the template does by itself. `num_ctx` None: the model's own context.
     """
 
     job: int
@@ -229,6 +229,7 @@ class Submit(Struct, tag="submit", kw_only=True):
     think: bool | None = None
     prompt: str | None = None
     prompt_ids: list[int] | None = None
+    continued: bool = True
     emitted: list[int] = []
     max_tokens: int | None = None
     num_ctx: int | None = None
@@ -255,11 +256,13 @@ class Loaded(Struct, tag="loaded", kw_only=True):
 
 
 class Accepted(Struct, tag="accepted"):
-    """The prompt is tokenised. `cached`: how many of its tokens the prefix cache supplied."""
+    """The prompt is tokenised. `cached`: how many of its tokens the prefix cache supplied. `continued`: the answer goes on with the
+    prompt's text, so a space it begins with counts; the tokens do not tell."""
 
     job: int
     prompt_ids: list[int]
     cached: int
+    continued: bool = True
 
 
 class Progress(Struct, tag="progress"):

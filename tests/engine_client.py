@@ -135,6 +135,7 @@ class Result:
 
     prompt_ids: list[int] = field(default_factory=list)
     cached: int = 0
+    continued: bool = True
     ids: list[int] = field(default_factory=list)
     text: str = ""
     thinking: str = ""
@@ -151,7 +152,7 @@ class Result:
         self.events.append(event)
         match event:
             case Accepted():
-                self.prompt_ids, self.cached = event.prompt_ids, event.cached
+                self.prompt_ids, self.cached, self.continued = event.prompt_ids, event.cached, event.continued
             case Token():
                 self.ids += event.ids
                 if event.thinking:

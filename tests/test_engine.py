@@ -341,16 +341,22 @@ def before_token(whole: Result, cut: int) -> Result:
     return before
 
 
+def resumed(fields: dict[str, Any], whole: Result) -> dict[str, Any]:
+    """What the journal makes of `fields`: an engine that got as far as the prompt's tokens has said what they are."""
+    rest = {name: value for name, value in fields.items() if name != "messages"}
+    return rest | {"prompt_ids": whole.prompt_ids, "continued": whole.continued}
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_request_resumed_at_any_position_ends_as_if_nothing_had_happened(wire: Wire, name: str) -> None:
     fields = RESUMED[name]
     whole = wire.ask(**fields)
     assert whole.done is not None
     assert len(whole.ids) > 5
-    befores = [before_token(whole, cut) for cut in range(1, len(whole.ids))]
-    jobs = [wire.submit(**fields, emitted=before.ids) for before in befores]
+    befores = [before_token(whole, cut) for cut in range(len(whole.ids))]
+    jobs = [wire.submit(**resumed(fields, whole), emitted=before.ids) for before in befores]
     wire.finish(jobs)
-    for cut, (before, job) in enumerate(zip(befores, jobs, strict=True), 1):
+    for cut, (before, job) in enumerate(zip(befores, jobs, strict=True)):
         rest = wire.results[job]
         assert before.ids + rest.ids == whole.ids, cut
         assert before.text + rest.text == whole.text, cut
@@ -358,6 +364,17 @@ def test_a_request_resumed_at_any_position_ends_as_if_nothing_had_happened(wire:
         assert rest.done is not None
         assert (rest.done.reason, rest.done.stop_string) == (whole.done.reason, whole.done.stop_string)
         assert rest.done.completion_tokens == whole.done.completion_tokens
+
+
+def test_a_space_before_the_first_word_is_left_out_of_a_resumed_answer_too(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path / "e") as process, process.load(make_tiny_model(tmp_path / "m")).connect() as wire:
+        spaces = 0
+        for seed in range(40):
+            fields = {"messages": user(f"w{seed}"), "sampling": Sampling(seed=seed, temperature=1.5), "max_tokens": 6}
+            whole = wire.ask(**fields)
+            assert wire.ask(**resumed(fields, whole)).text == whole.text
+            spaces += wire.ask(**resumed(fields, whole) | {"continued": True}).text != whole.text
+        assert spaces, "no answer began with a space"
 
 
 def test_a_request_that_was_complete_is_done_at_once(wire: Wire) -> None:

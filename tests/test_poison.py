@@ -135,6 +135,15 @@ def a_request(text: str, seed: int = 0) -> Request:
     return Request(model=model, sampling=Sampling(seed=seed), messages=[{"role": "user", "content": text}])
 
 
+def test_a_resumed_request_is_the_tokens_it_became_and_whether_the_answer_goes_on_with_them() -> None:
+    with Journal(600.0).keep(a_request("a"), 0, 1) as entry:
+        first = entry.submit(1, "digest")
+        entry.note(Accepted(1, [1, 2], 0, continued=False))
+        second = entry.submit(2, "digest")
+        assert (first.prompt_ids, first.messages) == (None, entry.request.messages)
+        assert (second.prompt_ids, second.messages, second.continued) == ([1, 2], None, False)
+
+
 def test_the_table_of_poisons_is_bounded_and_the_oldest_goes_first() -> None:
     journal = Journal(600.0)
     for number in range(MOST_POISONS + 1):

@@ -212,7 +212,7 @@ class Service:
         submit, prompt = job.submit, job.prompt
         left = prompt.max_tokens - len(submit.emitted)
         if job.answer.stop_string is not None or left <= 0:
-            job.tell(Accepted(submit.job, prompt.ids, 0))
+            job.tell(Accepted(submit.job, prompt.ids, 0, prompt.continued))
             job.tell_pieces([], job.answer.finish())
             self.finish(job, "length")
             return
@@ -225,7 +225,7 @@ class Service:
             job: Job = row.owner
             job.cached = cached
             if not job.ended:
-                job.tell(Accepted(job.submit.job, job.prompt.ids, cached))
+                job.tell(Accepted(job.submit.job, job.prompt.ids, cached, job.prompt.continued))
         for row, done, total in tick.progress:
             job = row.owner
             job.began_ns = job.began_ns or tick.began_ns

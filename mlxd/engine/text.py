@@ -61,7 +61,8 @@ class Prompter:
         if room < 1:
             raise too_long(len(ids), context)
         most = room if submit.max_tokens is None else min(room, submit.max_tokens)
-        return Prompt(ids, self.is_thinking(ids), not submit.messages or is_begun(submit.messages), most)
+        continued = submit.continued if submit.prompt_ids is not None else not submit.messages or is_begun(submit.messages)
+        return Prompt(ids, self.is_thinking(ids), continued, most)
 
     def ids(self, submit: Submit, context: int) -> list[int]:
         if submit.prompt_ids is not None:
