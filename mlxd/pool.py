@@ -188,8 +188,8 @@ class Engine:
     """What is known of the engine of one model.
 
     `state`: absent (not wanted), loading (wanted; also while a dead one is replaced), ready (connected), retried (the supervisor tries
-    again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `cause`: why it last went.
-    `latest`: the connection, or the one before.
+    again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `served`: those of them that
+    have a slot. `cause`: why it last went. `latest`: the connection, or the one before.
     `suspects`: requests that run alone, one after the other, since engines died under them.
     """
 
@@ -206,6 +206,7 @@ class Engine:
         self.retry_at = 0.0
         self.refusals = 0
         self.users = 0
+        self.served = 0
         self.suspects: list[Entry] = []
         self.used_at = now
 
@@ -240,7 +241,7 @@ class Pool:
         self.engines: dict[str, Engine] = {}
         self.making_room = asyncio.Lock()
         self.changed = asyncio.Event()  # some engine's state
-        self.left = asyncio.Event()  # somebody left an engine
+        self.left = asyncio.Event()  # somebody left an engine, or it has gone
         self.swept_at = math.inf
 
     @property
@@ -274,6 +275,15 @@ class Pool:
             self.left.set()
             if engine.idle and engine.expires_at <= engine.used_at:
                 self.release(engine)
+
+    @contextmanager
+    def serving(self, engine: Engine) -> Iterator[None]:
+        """For a request that has a slot."""
+        engine.served += 1
+        try:
+            yield
+        finally:
+            engine.served -= 1
 
     async def ready(self, engine: Engine, patience_s: float) -> Connection:
         """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 not before
@@ -360,17 +370,18 @@ class Pool:
             self.want(engine, automatic=True)
 
     async def load(self, engine: Engine, patience_s: float) -> None:
-        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `patience_s`."""
+        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `patience_s`. Where a request has
+        a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them."""
         try:
             async with asyncio.timeout(patience_s), self.making_room:
                 while engine.state == "absent" and (others := self.in_the_way(engine.model)):
                     if not any(other.state == "releasing" for other in others):
-                        idle = [other for other in others if other.idle]
+                        idle = [other for other in others if other.idle or (engine.served and not other.served)]
                         if not idle:
                             self.left.clear()
                             await self.left.wait()
                             continue
-                        self.release(min(idle, key=lambda other: (other.preloaded, other.used_at)))
+                        self.release(min(idle, key=lambda other: (not other.idle, other.preloaded, other.used_at)))
                     await self.changed.wait()
                 if engine.state == "absent":
                     self.want(engine)
@@ -401,6 +412,7 @@ class Pool:
         engine.state = state
         self.changed.set()
         self.changed = asyncio.Event()
+        self.left.set()
 
     def sweep(self) -> None:
         """Once a second: release what nobody has used for its keep_alive; say which engines keep silent about their jobs."""

@@ -159,7 +159,7 @@ class Supervised:
         self.ending = False
         self.usual_cause = "error"
         self.kill_cause = "killed"
-        self.next: Literal["replaced", "retried"] = "replaced"
+        self.next: Literal["replaced", "retried", "refused"] = "replaced"
         self.retry_s = 0.0
         self.pause_s = 0.0
         self.passes: Passes | None = None

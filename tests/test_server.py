@@ -265,6 +265,19 @@ def test_a_busy_engine_is_never_released_for_another(home: Path) -> None:
         assert [word.model for word in spoken(server, Release)] == ["a:latest"]
 
 
+def test_who_waits_for_a_slot_keeps_no_room_from_who_has_one(home: Path) -> None:
+    settings: dict[str, Any] = {"models": {"max_cached": 1}, "server": {"max_concurrent": 1}}
+    with supervised(home, ("a", "b"), **settings) as server:
+        first = asking(server, "n=50 delay=0.05", model="a")
+        until("a to run", lambda: queue(server) == (1, 0), server.told)
+        second = asking(server, "n=2", model="b")
+        until("b to wait", lambda: queue(server) == (1, 1), server.told)
+        server.next = "refused"  # the one in flight, which was not there to hear of it, has it wanted once more
+        server.engines[0].kill()
+        assert content(first.result()) == words(50)
+        assert content(second.result()) == words(2)
+
+
 def test_when_every_model_stays_busy_the_wait_has_an_end(home: Path) -> None:
     settings: dict[str, Any] = {"models": {"max_cached": 1}, "server": {"queue_wait_s": 0.3}}
     with supervised(home, ("a", "b"), **settings) as server, streaming(server, "n=200 delay=0.05", model="a") as lines:

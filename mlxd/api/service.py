@@ -142,8 +142,9 @@ class Service:
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
                     await ticket.admitted()
                     exchange.filler = filler
-                    async with aclosing(self.pool.events(engine, entry, wait_s)) as events:
-                        await (self.send_stream if stream else self.send_whole)(exchange, entry, view, events)
+                    with self.pool.serving(engine):
+                        async with aclosing(self.pool.events(engine, entry, wait_s)) as events:
+                            await (self.send_stream if stream else self.send_whole)(exchange, entry, view, events)
         except TimeoutError:
             raise Refused(504, f"the request took longer than {request_s:g} s", code="timeout", hopeless=True) from None
         finally:
