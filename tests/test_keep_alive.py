@@ -229,6 +229,23 @@ def test_a_ping_never_waits_and_never_comes_between() -> None:
     on_a_wire(run)
 
 
+def test_a_ping_that_cannot_be_written_ends_that_request_and_nothing_else() -> None:
+    async def run(wire: Wire) -> None:
+        async def refuse(message: Any) -> None:
+            raise RuntimeError("h11 is in the state ERROR")
+
+        exchange = wire.exchange
+        exchange.send = refuse
+        exchange.filler = Filler()
+        working = asyncio.create_task(exchange.while_connected(asyncio.Event().wait()))
+        await asyncio.sleep(0)
+        exchange.fill(0)
+        await working
+        assert exchange.left
+
+    on_a_wire(run)
+
+
 # --- being resumed -----------------------------------------------------------------------------------------------------------------
 
 

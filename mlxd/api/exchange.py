@@ -154,8 +154,13 @@ class Exchange:
         """Write the filler if nothing was written for so long. At once or not at all, so it never comes between other writes."""
         if self.filler is None or self.interruption or self.left or self.finished or self.writing_since is not None:
             return
-        if self.clock() - self.spoke_at >= silent_s and (self.started or at_once(self.stream(self.filler.stream_type))):
-            at_once(self.write(self.filler.ping()))
+        if self.clock() - self.spoke_at < silent_s:
+            return
+        try:
+            if self.started or at_once(self.stream(self.filler.stream_type)):
+                at_once(self.write(self.filler.ping()))
+        except Exception:  # uvicorn has answered in our place, and closes; what ends the sweep would end the server
+            self.abandon()
 
 
 def at_once(work: Coroutine[Any, Any, None]) -> bool:
