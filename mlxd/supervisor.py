@@ -222,6 +222,9 @@ class Supervisor:
         self.perform(one, action)
         if one.state is State.STOPPED:
             self.forget(one)
+        elif one.state is State.UNKILLABLE and before is not State.UNKILLABLE:  # a stop waits for it no longer
+            self.end_engines()
+            self.check_done()
         self.mind_the_port()
         self.mind_the_spare()
 

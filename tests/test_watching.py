@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Daemon, eventually
+from test_handover import shadowed
 from test_spare import engine_of
 from test_supervisor import HASTY, alive
 
@@ -158,6 +159,29 @@ def test_f41_a_grandchild_that_keeps_log_and_link_open_delays_nothing(daemon: Ma
     d.until("another", lambda s: s["state"] == "ready" and engine_of(s)["pid"] != before["pid"])
     eventually(lambda: not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE, "its end", d.history)
     assert d.mlxd("stop").returncode == 0
+
+
+#: Read by every Python of a daemon: its supervisor's KILLs reach nobody.
+UNKILLABLE = """
+import os, signal
+if "MLXD_CHILD" not in os.environ:
+    def killpg(pid, number, real=os.killpg):
+        if number != signal.SIGKILL:
+            real(pid, number)
+    os.killpg = killpg
+"""
+
+
+@pytest.mark.parametrize("which", ["server", "engine"])
+def test_a_stop_does_not_wait_for_what_cannot_be_killed(daemon: Make, which: str) -> None:
+    faults = {"server": "--want a:latest"} | {"engine": ""}
+    faults[which] += " --ignore-term"
+    d = daemon(**faults, MLXD_SERVER_DRAIN_S="0", MLXD_SUPERVISOR_TERM_S="0.5", MLXD_SUPERVISOR_KILL_S="0.5")
+    shadowed(d, "sitecustomize.py").write_text(UNKILLABLE)
+    d.start()
+    told = d.ready()
+    assert d.mlxd("stop").returncode == 0
+    assert f"pid {(told['server'] if which == 'server' else engine_of(told))['pid']} does not die" in d.log()
 
 
 def test_a_stopped_process_group_is_ended_by_a_stop(daemon: Make) -> None:
