@@ -545,8 +545,10 @@ class Supervisor:
                 one.bye = word
                 if word.cause == "refused" and one.kind == "engine" and one.model is not None:
                     one.refusal = word.text
-            case messages.Want() if one.kind == "server":
-                if one.state in SERVING and not self.stopping:
+            case messages.Want(model) if one.kind == "server":
+                # One that drains may still be asked for a model that nobody has loaded; about the others its successor decides.
+                lacking = one.state is State.DRAINING and all(engine.model != model for engine in self.engines)
+                if (one.state in SERVING or lacking) and not self.stopping:
                     self.want(word)
             case messages.Release(model) if one.kind == "server":
                 for engine in self.engines:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from conftest import HERE, Daemon, eventually, http
 from known_answers import KNOWN, LONG
-from test_mlxd import LONGEST, Stream, chat, real
+from test_mlxd import LONGEST, Stream, body_of, chat, real
 
 import mlxd
 from mlxd import control, handover, messages, supervisor
@@ -782,6 +782,28 @@ def test_several_servers_drain_at_once_and_each_ends_its_stream(real: Make) -> N
     assert after["engines"][0]["pid"] == before["engines"][0]["pid"] and after["engines"][0]["restarts"] == 0
     eventually(lambda: sum(1 for record in d.exits() if record["child"] == "server") == 4, "their ends", d.history)
     assert {record["cause"] for record in d.exits()} == {"stopped"}
+
+
+def test_a_draining_server_gets_a_model_that_nobody_has_loaded(real: Make, home: Path) -> None:
+    """A client's idle connection stays with the server that drains, and its next request may be for any model."""
+    shutil.copytree(Path(mlxd.__file__).parent / "builtin", home / "models" / "copy")
+    d = real(MLX_PRELOAD_MODELS="mlxd-tiny")
+    d.start()
+    port = d.until("ready", settled)["port"]
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        sock.sendall(b"GET /api/version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in sock.recv(65536)
+        control.ask(d.paths.control, "restart")
+        d.until("the new server", lambda s: s["server"]["restarts"] == 1 and s["server"]["state"] == "ready")
+        body = body_of(QUESTION, "copy")
+        sock.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        data = b""
+        while more := sock.recv(65536):
+            data += more
+    assert json.loads(data.partition(b"\r\n\r\n")[2])["message"]["content"] == ANSWER
+    told = d.until("ready", settled)  # the new server has it now
+    assert "copy:latest" in [engine["model"] for engine in told["engines"]]
+    assert chat(port, QUESTION, "copy")["message"]["content"] == ANSWER
 
 
 def test_the_oldest_of_too_many_draining_servers_gets_less_time(daemon: Make) -> None:
