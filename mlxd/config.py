@@ -126,12 +126,12 @@ class Config(Section, frozen=True):
 
 def of_server(config: Config) -> object:
     """What a server reads of it: equal for two configurations between which it need not be replaced."""
-    return config.server, config.models, config.rate_limit, config.security
+    return config.server, config.models, config.rate_limit, config.security, config.health.silent_s
 
 
 def of_engine(config: Config) -> object:
     """What an engine reads of it."""
-    return config.engine, config.server.max_concurrent
+    return config.engine, config.server.max_concurrent, config.health.canary_s
 
 
 #: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.

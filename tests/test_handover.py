@@ -687,6 +687,8 @@ def test_a_link_whose_other_side_is_gone_has_no_parts() -> None:
         ("[engine]\nprefill_tokens = 256\n", False, True),
         ("[server]\nmax_concurrent = 5\n", True, True),
         ("[health]\nmax_time_s = 9\n", False, False),
+        ("[health]\nsilent_s = 250\n", True, False),
+        ("[health]\ncanary_s = 250\n", False, True),
     ],
 )
 def test_a_change_replaces_what_reads_it_and_a_stream_goes_on(real: Make, text: str, server: bool, engine: bool) -> None:
