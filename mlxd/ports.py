@@ -52,9 +52,15 @@ class Port:
                 log.warning("%s; mlxd starts by itself when that ends", error)
             self.problem = str(error)
 
-    def move(self, server: Server) -> None:
+    def move(self, server: Server, host: str) -> None:
         """Take another port instead of this one; the old sockets live on in the old server until it has drained. Raises PortTaken or
-        ConfigError, and then nothing has changed."""
+        ConfigError, and then nothing has changed. `host`: the one in force."""
+        if self.sockets and server.port == self.number(server):
+            if server.host == host:  # it was any free one, and now has a name
+                return
+            raise ConfigError(
+                f"mlxd itself holds port {server.port}; another host on it takes effect after `mlxd stop` and `mlxd start`"
+            )
         sockets = bind(server)
         self.close()
         self.sockets = sockets

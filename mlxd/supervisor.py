@@ -919,7 +919,7 @@ class Supervisor:
         try:
             new, old = self.load_config(), self.config
             if (new.server.port, new.server.host) != (old.server.port, old.server.host) and not self.obstacle:
-                self.port.move(new.server)
+                self.port.move(new.server, old.server.host)
         except MlxdError as error:
             self.config_problem = str(error)
             log.error("the new configuration is refused, the old one stays: %s", error)

@@ -750,6 +750,21 @@ def test_a_new_port_is_moved_to_and_a_taken_one_is_refused(daemon: Make) -> None
         assert d.get("/")[0] == 200
 
 
+def test_another_host_on_the_same_port_has_to_wait_for_a_stop(daemon: Make) -> None:
+    d = daemon()
+    del d.environ["MLX_API_PORT"]
+    d.paths.config.write_text("[server]\nport = 0\n")
+    d.start()
+    port = d.ready()["port"]
+    d.paths.config.write_text(f"[server]\nport = {port}\nhost = '127.0.0.1'\n")
+    ran = d.mlxd("reload")
+    assert ran.returncode == 78, ran
+    assert f"mlxd itself holds port {port}; another host on it takes effect after `mlxd stop` and `mlxd start`" in ran.stderr
+    d.paths.config.write_text(f"[server]\nport = {port}\n")  # the number that it has anyhow
+    d.until("the change", lambda s: s["state"] == "ready" and s["server"]["restarts"] == 1 and s["server"]["state"] == "ready")
+    assert d.status()["port"] == port and d.get("/")[0] == 200
+
+
 def test_other_files_under_the_same_name_are_loaded(real: Make, home: Path) -> None:
     for directory in ("models", "others"):
         shutil.copytree(Path(mlxd.__file__).parent / "builtin", home / directory / "copy")
