@@ -142,6 +142,7 @@ class Child:
         process.returncode = 0
         self.pid, self.alive, self.version = process.pid, True, ""
         self.since = self.beat_at = self.progress_at = now
+        self.lost_bytes = 0  # whoever had us begun does not wait for it any more
         self.oom_kills = oom_kills()
         self.identity = start_identity(self.pid) or 0.0
         return ours
