@@ -156,6 +156,11 @@ class Child:
             self.progress_at = now
         self.counters, self.beat_at, self.suspect = counters, now, False
 
+    def begin_anew(self, model: str, directory: str, preload: bool) -> None:
+        """Be for this model from now on; what became of earlier spares in this slot is not its record."""
+        self.model, self.directory, self.preload = model, directory, preload
+        self.restarts, self.counted, self.deaths, self.trial = 0, [], [], False
+
     def take_over(self, dead: Child) -> None:
         """Do what `dead`, which has no process, was for; its record comes with it, and it is for nothing any more."""
         self.model, self.directory, self.preload, self.released = dead.model, dead.directory, dead.preload, dead.released

@@ -420,7 +420,7 @@ class Supervisor:
 
     def hand_over(self, dead: Child) -> bool:
         """Load the model of an engine that has no process into the spare, which has its imports behind it. False: there is none."""
-        spare = next((e for e in self.engines if e.model is None and e.wanted and e.state in UNTAKEN), None)
+        spare = self.spare()
         if dead.model is None or spare is None:
             return False
         spare.take_over(dead)
@@ -428,6 +428,10 @@ class Supervisor:
         if spare.state is State.BLANK:
             self.handle(spare, Event.ORDERED)
         return True
+
+    def spare(self) -> Child | None:
+        """An engine that can be given a model. One that has died, too, can not, although its last words are still to be heard."""
+        return next((e for e in self.engines if e.model is None and e.wanted and e.alive and e.state in UNTAKEN), None)
 
     def mind_the_spare(self) -> None:
         """Keep a blank engine, and a second one while engines die: the next death may come before a new one has its imports behind it (1.2 s).
@@ -639,13 +643,12 @@ class Supervisor:
                     self.tell_servers(self.engine_up(engine))
                 self.handle(engine, Event.WANTED)
                 return
-        for engine in self.engines:
-            if engine.model is None and engine.wanted and engine.state in UNTAKEN:
-                engine.model, engine.directory, engine.preload = word.model, word.directory, word.preload
-                if engine.state is State.BLANK:
-                    self.handle(engine, Event.ORDERED)
-                return
-        self.new_engine(word.model, word.directory, word.preload)
+        if (spare := self.spare()) is None:
+            self.new_engine(word.model, word.directory, word.preload)
+            return
+        spare.begin_anew(word.model, word.directory, word.preload)
+        if spare.state is State.BLANK:
+            self.handle(spare, Event.ORDERED)
 
     def new_engine(self, model: str | None, directory: str, preload: bool) -> None:
         slot = next(n for n in range(1, 10_000) if all(e.slot != n for e in self.engines))

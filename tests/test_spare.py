@@ -99,6 +99,31 @@ def test_a_killed_spare_is_replaced_and_nobody_else_notices(daemon: Make) -> Non
     assert engine_of(after)["pid"] == engine_of(before)["pid"]
 
 
+def test_a_spare_that_dies_with_the_engine_takes_nothing_over(daemon: Make) -> None:
+    """Both ends are found at once; the model is not to go to a process of which only the last words are still to be heard."""
+    d = daemon(server="--want a:latest", engine="--finished 1", **SPARE)
+    d.start()
+    before = d.until("a spare", standing_by)
+    pid = engine_of(before)["pid"]
+    eventually(lambda: beaten(d, pid), "a beat", d.history)
+    supervisor = before["supervisor"]["pid"]
+    os.kill(supervisor, signal.SIGSTOP)
+    for one in (spare_of(before)["pid"], pid):
+        os.kill(one, signal.SIGABRT)
+        eventually(lambda one=one: psutil.Process(one).status() == psutil.STATUS_ZOMBIE, "its end")
+    os.kill(supervisor, signal.SIGCONT)
+    after = d.until("others", lambda s: standing_by(s) and engine_of(s)["pid"] not in (pid, spare_of(before)["pid"]))
+    assert engine_of(after)["restarts"] == 1
+    assert {record["pid"]: record["model"] for record in d.exits()} == {pid: "a:latest", spare_of(before)["pid"]: None}
+
+
+def test_a_model_does_not_inherit_what_became_of_earlier_spares(daemon: Make, home: Path) -> None:
+    d = daemon(server="--want a:latest --slow-hello 4", engine=f"--exit 1 --first 1 {home}/count")
+    d.start()
+    d.until("another spare", lambda s: spare_of(s)["state"] == "blank" and spare_of(s)["restarts"] == 1)
+    assert engine_of(d.ready())["restarts"] == 0
+
+
 def test_while_engines_die_a_second_spare_stands_by(daemon: Make) -> None:
     d = daemon(server="--want a:latest", engine="--finished 1", MLXD_SUPERVISOR_WINDOW_S="8", **SPARE)
     d.start()
