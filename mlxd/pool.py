@@ -300,6 +300,8 @@ class Pool:
                 raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code="retried", retry_s=left)
             if engine.state == "absent":
                 await self.load(engine, patience_s)
+            elif engine.state == "releasing" and engine.connection is not None and not self.making_room.locked():
+                self.want(engine)  # it may live on for long: for a job that an older server has on it
             else:
                 await self.changed.wait()
 
@@ -386,6 +388,7 @@ class Pool:
                 if engine.state == "absent":
                     self.want(engine)
         except TimeoutError:
+            self.turn(engine, engine.state)  # no room is being made any more
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
 
     def in_the_way(self, model: Model) -> list[Engine]:
@@ -442,7 +445,11 @@ class Pool:
                 return
             engine = self.engine(model)
             self.want(engine)
-        if engine.state == "releasing" or (engine.up == up and engine.connecting):  # said again because it was wanted again
+        if engine.state == "releasing":
+            return
+        if engine.up == up and engine.connecting:  # said again because it was wanted again
+            if engine.connection is not None:
+                self.turn(engine, "ready")
             return
         self.disconnect(engine)
         engine.up = up

@@ -22,7 +22,7 @@ import psutil
 import pytest
 from conftest import HERE, Daemon, eventually, http
 from known_answers import KNOWN, LONG
-from test_mlxd import LONGEST, Stream, body_of, chat, real
+from test_mlxd import LONGEST, Stream, body_of, chat, post, real
 
 import mlxd
 from mlxd import control, handover, messages, supervisor
@@ -821,6 +821,23 @@ def test_a_draining_server_gets_a_model_that_nobody_has_loaded(real: Make, home:
     told = d.until("ready", settled)  # the new server has it now
     assert "copy:latest" in [engine["model"] for engine in told["engines"]]
     assert chat(port, QUESTION, "copy")["message"]["content"] == ANSWER
+
+
+def test_a_model_that_a_draining_server_still_needs_can_be_had_back(real: Make) -> None:
+    """Released by the new server, its engine lives on for the old one's stream; that is no reason to wait for the end of the stream."""
+    d = real(MLXD_ENGINE_COMMAND=FAKE_ENGINE)
+    d.start()
+    before = d.until("ready", settled)
+    stream = Stream(before["port"], "n=80 delay=0.5")
+    pieces = stream.pieces()
+    next(pieces)
+    control.ask(d.paths.control, "restart")
+    d.until("the stream, and the new server", lambda s: s["engines"][0]["running"] and s["server"]["restarts"] == 1 and settled(s))
+    assert post(before["port"], "/api/generate", b'{"model": "mlxd-tiny", "keep_alive": 0}')[0] == 200
+    assert chat(before["port"], "n=2")["message"]["content"] == "w0 w1 "
+    assert not d.exits()  # the old server still has its stream, and that its engine
+    stream.sock.close()
+    assert d.status()["engines"][0]["pid"] == before["engines"][0]["pid"]
 
 
 def test_the_oldest_of_too_many_draining_servers_gets_less_time(daemon: Make) -> None:
