@@ -54,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--crawl", type=float, default=0.0, help="the same, but a token comes every so many seconds")
     parser.add_argument("--hang-gil", action="store_true", help="when ready: wait in native code that holds the interpreter lock")
     parser.add_argument("--swell", type=int, default=0, help="when ready: take so many MB of memory")
-    parser.add_argument("--complain", type=float, default=-1.0, help="a server: so long after ready, say that engine 1 is stalled")
+    parser.add_argument(
+        "--complain", type=float, default=-1.0, help="a server: so long after the first engine is up, say it is stalled"
+    )
     parser.add_argument("--want", action="append", default=[], help="a server: want this model, preloaded")
     parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
     found = parser.parse_args()
@@ -127,6 +129,10 @@ class FakeChild:
         match word:
             case messages.Load(model, _):
                 await self.load(model)
+            case messages.EngineUp(slot) if self.how.complain >= 0:
+                await asyncio.sleep(self.how.complain)
+                self.how.complain = -1.0
+                self.link.send(messages.Stalled(slot))
             case messages.Stop() | messages.Drain() if not self.how.ignore_term:
                 await self.leave(0)
 
@@ -166,9 +172,6 @@ class FakeChild:
         await self.link.writer.drain()
         if self.how.hang_gil:
             hold_the_interpreter()
-        if self.how.complain >= 0:
-            await asyncio.sleep(self.how.complain)
-            self.link.send(messages.Stalled(1))
         if self.how.abort:
             os.abort()
         if self.how.segv:
