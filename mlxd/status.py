@@ -60,7 +60,8 @@ def problems(s: Supervisor) -> Iterator[str]:
         elif engine.state in (State.BACKOFF, State.COOLDOWN):
             yield f"{engine.title} died ({engine.died_of}); {next_try(s, engine)}"
         elif engine.state is not State.READY and engine.deaths and engine.wanted:
-            yield f"{engine.title} died ({engine.died_of}) and is being replaced"
+            died = "" if engine.died_of == causes.STOPPED.name else f"died ({engine.died_of}) and "
+            yield f"{engine.title} {died}is being replaced"
         if less := causes.in_words(engine.tuning):
             yield f"{engine.title} {engine.tuning.why}; it now runs with {less}"
     window = s.config.supervisor.window_s

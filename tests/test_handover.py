@@ -714,6 +714,16 @@ def test_a_change_replaces_what_reads_it_and_a_stream_goes_on(real: Make, text: 
     assert "".join(said + list(pieces)) == LONG[LONGEST]
 
 
+def test_an_engine_that_is_replaced_for_a_change_is_not_said_to_have_died(daemon: Make) -> None:
+    d = daemon(server="--want a:latest", engine="--load-s 3")
+    d.start()
+    d.ready()
+    d.paths.config.write_text("[engine]\nprefill_tokens = 256\n")
+    told = d.until("the load", lambda s: s["engines"][0]["state"] == "loading")
+    assert (told["state"], told["reason"]) == ("degraded", "engine-1 (a:latest) is being replaced")
+    d.ready()
+
+
 def test_a_burst_of_writes_is_one_change_and_the_same_again_is_none(daemon: Make) -> None:
     d = daemon(server="--want a:latest")
     d.start()
