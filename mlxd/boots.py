@@ -57,6 +57,11 @@ class Boots:
         if self.markers.pop(model, None) is not None:
             self.write()
 
+    def pass_trials(self) -> None:
+        """All that are loaded now end well."""
+        for model in [model for model, marker in self.markers.items() if marker.boot]:
+            self.pass_trial(model)
+
     def end_trial(self, model: str) -> None:
         """It is not loaded any more, and the machine is still up."""
         marker = self.markers.get(model)

@@ -238,9 +238,9 @@ class Child:
         self.alive = False
         self.pid = self.link = self.bye = self.ready_at = None
         self.counters, self.at_ready, self.memory_bytes = Counters(), Counters(), 0
+        self.deaths = [t for t in self.deaths if t > now - 3600] + ([] if self.ordered else [now])
         self.ordered = self.suspect = False
         self.suspicion = ""
-        self.deaths = [t for t in self.deaths if t > now - 3600] + [now]
         self.died_of = cause.name
         if death.counts and death.wanted:
             self.counted.append(now)

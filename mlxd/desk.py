@@ -49,7 +49,9 @@ class Desk:
         self.conversations: dict[asyncio.Task[None], socket.socket] = {}
 
     def open(self) -> None:
-        asyncio.get_running_loop().add_reader(self.sock.fileno(), self.accept)
+        """Closed for good, it stays so."""
+        if self.sock.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self.sock.fileno(), self.accept)
 
     def pause(self) -> None:
         """Who comes waits; conversations go on."""

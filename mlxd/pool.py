@@ -95,8 +95,8 @@ class Job:
 
 class Connection:
     """A connected engine's socket and the jobs on it. `digest`: of the model's files when it came up. `heard_at`: when it last said
-    anything of a job, or got one while it had none; infinity once that has been found too long ago. `cause`: the class of what ended
-    the engine; None while it is not known, also when only the connection is broken."""
+    anything of a job or did any work, or got a job while it had none; infinity once that has been found too long ago. `cause`: the class
+    of what ended the engine; None while it is not known, also when only the connection is broken."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loaded: Loaded):
         self.reader = reader
@@ -167,6 +167,8 @@ class Connection:
                         self.hand_out(event)
                 case Pulse(counters=counters):
                     self.beat_at = self.clock()
+                    if (counters.prefilled, counters.emitted) != (self.counters.prefilled, self.counters.emitted):
+                        self.heard_at = self.beat_at  # it works for another server, whose jobs may fill it
                     self.counters = counters
 
     def close(self) -> None:

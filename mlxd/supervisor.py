@@ -155,6 +155,7 @@ class Supervisor:
         if self.stopping == 1:
             log.info("stopping: %s", why)
             self.port.leave()
+            self.boots.pass_trials()  # a machine that goes down now does so because it was told to
             for one in list(self.servers()):
                 self.retire(one, self.config.server.drain_s)
             self.end_engines()
@@ -296,25 +297,31 @@ class Supervisor:
             log.warning("%s: %s", one.title, why)
             one.suspicion = why
             one.dump_stack()
-            self.loop.call_later(DUMP_S, self.condemn, one, one.pid)
+            self.loop.call_later(DUMP_S, self.condemn, one, one.pid, one.state, one.counters.progress)
 
-    def condemn(self, one: Child, pid: int | None) -> None:
-        if one.pid == pid and one.alive and one.state in RUNNING:
-            self.handle(one, Event.SICK)
+    def condemn(self, one: Child, pid: int | None, state: State, progress: tuple[int, ...]) -> None:
+        if one.pid != pid or not one.alive or one.state not in RUNNING:
+            return
+        if (one.state, one.counters.progress) != (state, progress):
+            log.info("%s moves after all", one.title)
+            one.suspicion = ""
+            self.set_deadline(one, self.patience(one))
+            return
+        self.handle(one, Event.SICK)
 
     def take_up(self, one: Child, due: float | None) -> None:
         """Go on with a child that the supervisor before us left; `due`: its deadline, on the loop's clock."""
         now = self.loop.time()
         self.set_deadline(one, None if due is None else max(0.0, due - now))
         if one.suspicion and one.state in RUNNING:
-            self.loop.call_later(DUMP_S, self.condemn, one, one.pid)
+            self.loop.call_later(DUMP_S, self.condemn, one, one.pid, one.state, one.counters.progress)
         self.await_memory(one, now + MEMORY_WAIT_S)
 
     def spawn(self, one: Child) -> None:
         """A new process in the slot. A program that cannot be started has ended, too."""
         one.hold = one.hold_cause = ""
         one.refusal = None
-        if one.deaths:
+        if one.died_of:
             one.restarts += 1
         settings = link.ChildSettings(
             config=self.config,
@@ -430,8 +437,10 @@ class Supervisor:
         return True
 
     def spare(self) -> Child | None:
-        """An engine that can be given a model. One that has died, too, can not, although its last words are still to be heard."""
-        return next((e for e in self.engines if e.model is None and e.wanted and e.alive and e.state in UNTAKEN), None)
+        """An engine that can be given a model. One that has died, too, can not, although its last words are still to be heard; nor one that
+        does not beat."""
+        fit = (e for e in self.engines if e.model is None and e.wanted and e.alive and not e.suspect and e.state in UNTAKEN)
+        return next(fit, None)
 
     def mind_the_spare(self) -> None:
         """Keep a blank engine, and a second one while engines die: the next death may come before a new one has its imports behind it (1.2 s).
@@ -908,7 +917,7 @@ class Supervisor:
         one.trial = False
         one.tuning = messages.Tuning()
         self.handle(one, Event.RENEWED)
-        one.ordered = one.state in LEAVING
+        one.ordered = one.alive and one.state in LEAVING
 
     def load_config(self) -> Config:
         return load(self.paths, self.flags)

@@ -124,7 +124,8 @@ class Service:
             except Exception as error:
                 if not exchange.started:
                     raise
-                await exchange.write(view.error(refusal(error)), last=True)
+                # While connected: a client that does not read is left behind here, too.
+                await exchange.while_connected(exchange.write(view.error(refusal(error)), last=True))
 
     async def run(self, exchange: Exchange, entry: Entry, view: View, stream: bool) -> None:
         """Admission, engines, bytes. Raises Refused."""

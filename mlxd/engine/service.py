@@ -109,6 +109,7 @@ class Service:
         self.loaded = loaded
         self.text_s = text_s
         self.overdue = overdue
+        self.listener: asyncio.Server | None = None
         self.connections: set[Connection] = set()
         self.unprepared: asyncio.Queue[Job] = asyncio.Queue()
         self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
@@ -124,7 +125,9 @@ class Service:
 
     async def listen(self, path: str) -> None:
         """Where nothing is now. Connections that are open stay. Raises OSError."""
-        self.listener = await asyncio.start_unix_server(self.accept, path)
+        former, self.listener = self.listener, await asyncio.start_unix_server(self.accept, path)
+        if former is not None:
+            former.close()
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(reader, writer)
