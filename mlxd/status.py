@@ -59,7 +59,7 @@ def problems(s: Supervisor) -> Iterator[str]:
             yield f"{engine.title} is held: {engine.hold}"
         elif engine.state in (State.BACKOFF, State.COOLDOWN):
             yield f"{engine.title} died ({engine.died_of}); {next_try(s, engine)}"
-        elif engine.state is not State.READY and engine.deaths and engine.wanted:
+        elif engine.state is not State.READY and engine.died_of and engine.wanted:
             died = "" if engine.died_of == causes.STOPPED.name else f"died ({engine.died_of}) and "
             yield f"{engine.title} {died}is being replaced"
         if less := causes.in_words(engine.tuning):
