@@ -191,7 +191,7 @@ def test_requests_in_flight_when_a_model_is_given_up_for_a_while_are_told_when_t
         assert ask(server, PATHS[0], "n=1", keep_alive=0).status_code == 503
         assert ask(server, PATHS[0], "n=1", keep_alive=0).headers["retry-after"] > "190"
         assert server.count(Want) == 1  # forgetting the model must not be a way round
-        server.next = "replaced"
+        server.next, server.retry_s = "replaced", 0.0
         server.bring_up("tiny:latest")
         until("an answer", lambda: ask(server, PATHS[0], "n=1").status_code == 200, server.told)
 
