@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from mlxd import control, paths
+
 MLXD = str(Path(sys.executable).with_name("mlxd"))
 
 
@@ -38,6 +40,11 @@ class Daemon:
         status = json.loads(self.command("status", "--json"))
         assert isinstance(status, dict)
         return status
+
+    def engine(self) -> int | None:
+        """The PID of the engine that has a model, when it is ready. Asked directly: a command would take a core for 80 ms."""
+        engines = control.ask(paths.locate(self.environ).control, "status", timeout_s=60)["engines"]
+        return next((int(e["pid"]) for e in engines if e["model"] and e["state"] == "ready"), None)
 
     def processes(self) -> dict[str, int]:
         """Name -> PID; an engine without a model is a `spare`."""

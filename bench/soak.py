@@ -29,8 +29,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from known_answers import KNOWN  # noqa: E402
 
-from mlxd import control, paths  # noqa: E402
-
 KILL_EVERY = 5_000
 ROW_EVERY = 10_000
 MOST_GROWTH = 1.05
@@ -127,13 +125,9 @@ class Sizes:
 
 def kill_engine(one: Daemon) -> None:
     """The one with the model; waits until it is ready first."""
-    where = paths.locate(one.environ)
-    while True:
-        engines = control.ask(where.control, "status", timeout_s=60)["engines"]
-        if pids := [e["pid"] for e in engines if e["model"] and e["state"] == "ready"]:
-            os.kill(pids[0], signal.SIGKILL)
-            return
+    while (pid := one.engine()) is None:
         time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ class Child:
     memory_bytes: int = 0
     bye: Bye | None = None
     log_start: int = 0
-    oom_kills: int = 0
+    oom_kills: int = 0  # of the whole machine, when this process was last seen alive
     dump: str = ""  # where its stacks go
 
     @property
@@ -159,7 +159,7 @@ class Child:
     def begin_anew(self, model: str, directory: str, preload: bool) -> None:
         """Be for this model from now on; what became of earlier spares in this slot is not its record."""
         self.model, self.directory, self.preload = model, directory, preload
-        self.restarts, self.counted, self.deaths, self.trial = 0, [], [], False
+        self.restarts, self.counted, self.deaths, self.trial, self.died_of = 0, [], [], False, ""
 
     def take_over(self, dead: Child) -> None:
         """Do what `dead`, which has no process, was for; its record comes with it, and it is for nothing any more."""
@@ -246,14 +246,15 @@ class Child:
             self.counted.append(now)
         return death, record
 
-    def measure(self) -> None:
-        """Bring `memory_bytes` up to date. A process that is ending has none left to see: what it had is what counts. Of a heavy one, what was
+    def measure(self) -> bool:
+        """Bring `memory_bytes` up to date. False: it is ending and has none left to see: what it had is what counts. Of a heavy one, what was
         available beside it is remembered, too: Linux gives the memory back before it tells of the end."""
-        if self.pid is not None and (seen := footprint(self.pid)):
-            self.memory_bytes = seen
-            self.oom_kills = oom_kills()
-            if seen > HEAVY_BYTES:
-                self.available_bytes = psutil.virtual_memory().available
+        if self.pid is None or not (seen := footprint(self.pid)):
+            return False
+        self.memory_bytes = seen
+        if seen > HEAVY_BYTES:
+            self.available_bytes = psutil.virtual_memory().available
+        return True
 
     def memory_is_back(self) -> bool:
         """Whether 80 % of what a killed heavy process held is available again: one report has 414 of 424 GiB wired until reboot

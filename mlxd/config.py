@@ -83,7 +83,7 @@ class Supervisor(Section, frozen=True):
     cooldown_s: Seconds = 300.0
     hold_s: Seconds = 5.0  # how often the cause of a HELD is looked at again
     replace_drain_s: Seconds = 600.0
-    #: A spare engine (73 MB, its imports done) is kept while this much memory is available.
+    #: A spare engine (79 MB, its imports done) is kept while this much memory is available.
     spare_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024 * 1024
     log_bytes: Annotated[int, Meta(ge=64 * 1024)] = 50 * 1024 * 1024
     log_keep_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024

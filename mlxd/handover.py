@@ -46,7 +46,16 @@ QUIET_S = 12.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1)
 #: What a supervisor simply goes on with. Times are of the monotonic clock, which does not stop for execv.
 SAME = (
-    *("nonce", "lease", "lease_problem", "config_problem", "refusals", "first_token", "polls", "ticks", "started", "moved_at"),
+    "nonce",
+    "lease",
+    "lease_problem",
+    "config_problem",
+    "refusals",
+    "first_token",
+    "polls",
+    "ticks",
+    "started",
+    "moved_at",
     "runs",
 )
 

@@ -289,7 +289,7 @@ class Supervisor:
         elif one.state is State.COOLDOWN:
             one.trial = True
         waited = one.state in (State.BACKOFF, State.COOLDOWN)
-        self.handle(one, Event.UNWANTED if waited and self.hand_over(one) else Event.LATE)
+        self.handle(one, Event.UNWANTED if waited and self.give_to_spare(one) else Event.LATE)
 
     def accuse(self, one: Child, why: str) -> None:
         """It will be ended for this; first its stacks are taken."""
@@ -297,9 +297,13 @@ class Supervisor:
             log.warning("%s: %s", one.title, why)
             one.suspicion = why
             one.dump_stack()
-            self.loop.call_later(DUMP_S, self.condemn, one, one.pid, one.state, one.counters.progress)
+            self.await_dump(one)
+
+    def await_dump(self, one: Child) -> None:
+        self.loop.call_later(DUMP_S, self.condemn, one, one.pid, one.state, one.counters.progress)
 
     def condemn(self, one: Child, pid: int | None, state: State, progress: tuple[int, ...]) -> None:
+        """End what was accused, unless it is another process by now or has moved since."""
         if one.pid != pid or not one.alive or one.state not in RUNNING:
             return
         if (one.state, one.counters.progress) != (state, progress):
@@ -314,7 +318,7 @@ class Supervisor:
         now = self.loop.time()
         self.set_deadline(one, None if due is None else max(0.0, due - now))
         if one.suspicion and one.state in RUNNING:
-            self.loop.call_later(DUMP_S, self.condemn, one, one.pid, one.state, one.counters.progress)
+            self.await_dump(one)
         self.await_memory(one, now + MEMORY_WAIT_S)
 
     def spawn(self, one: Child) -> None:
@@ -415,7 +419,7 @@ class Supervisor:
                 self.boots.pass_trial(one.model)
             elif event is not Event.DIED:
                 self.boots.end_trial(one.model)
-        self.handle(one, Event.GONE if event is Event.DIED and self.hand_over(one) else event)
+        self.handle(one, Event.GONE if event is Event.DIED and self.give_to_spare(one) else event)
         self.remember()
 
     def ease(self, one: Child, record: ExitRecord) -> None:
@@ -425,15 +429,14 @@ class Supervisor:
             one.tuning = causes.eased(one.tuning, cause, settings.engine.prefill_tokens, settings.server.max_concurrent)
         record.remedy = causes.remedy(cause, one.tuning)
 
-    def hand_over(self, dead: Child) -> bool:
+    def give_to_spare(self, dead: Child) -> bool:
         """Load the model of an engine that has no process into the spare, which has its imports behind it. False: there is none."""
         spare = self.spare()
         if dead.model is None or spare is None:
             return False
         spare.take_over(dead)
         log.info("%s takes over from %s", spare.title, dead.name)
-        if spare.state is State.BLANK:
-            self.handle(spare, Event.ORDERED)
+        self.order(spare)
         return True
 
     def spare(self) -> Child | None:
@@ -600,15 +603,19 @@ class Supervisor:
         one.beat_at = one.progress_at = self.loop.time()  # its imports are no silence
         one.version = hello.version
         self.handle(one, Event.GREETED)
-        may_be_ordered = Event.ORDERED in policy.TRANSITIONS[one.state]
-        if may_be_ordered and (one.kind == "server" or one.model is not None):
-            self.handle(one, Event.ORDERED)
+        if one.kind == "server" or one.model is not None:
+            self.order(one)
         if one.kind == "server" and one.link is not None:
             for engine in self.engines:
                 if engine.state is State.READY:
                     one.link.send(self.engine_up(engine))
             if self.exits.last is not None:
                 one.link.send(messages.Exited(self.exits.last))
+
+    def order(self, one: Child) -> None:
+        """Set it to work, unless it has not said hello yet (then its hello does) or is on its way out."""
+        if one.state is State.BLANK:
+            self.handle(one, Event.ORDERED)
 
     def announce(self, one: Child) -> None:
         """It is ready: tell whom it concerns."""
@@ -656,8 +663,7 @@ class Supervisor:
             self.new_engine(word.model, word.directory, word.preload)
             return
         spare.begin_anew(word.model, word.directory, word.preload)
-        if spare.state is State.BLANK:
-            self.handle(spare, Event.ORDERED)
+        self.order(spare)
 
     def new_engine(self, model: str | None, directory: str, preload: bool) -> None:
         slot = next(n for n in range(1, 10_000) if all(e.slot != n for e in self.engines))
@@ -694,8 +700,10 @@ class Supervisor:
     def tick(self) -> None:
         now, limits = self.loop.time(), self.config.supervisor
         self.ticks += 1
+        oom_kills = child.oom_kills()
         for one in self.children():
-            one.measure()
+            if one.measure():
+                one.oom_kills = oom_kills
             self.look_at_beats(one, now)
             self.look_at_progress(one, now)
             if one.state is State.READY and one.ready_at and now - one.ready_at > limits.healthy_s:
@@ -756,7 +764,7 @@ class Supervisor:
         if one.state is not State.HELD or one.hold_cause != "memory":
             return
         if one.memory_is_back():
-            self.handle(one, Event.UNWANTED if self.hand_over(one) else Event.MENDED)
+            self.handle(one, Event.UNWANTED if self.give_to_spare(one) else Event.MENDED)
         elif self.loop.time() < until:
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, until)
         elif until and one.model is not None:
