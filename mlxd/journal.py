@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from mlxd.admission import BUSY, Priority
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Done, Event, Progress, Sampling, Submit, Token
+from mlxd.messages import Accepted, Call, Done, Embed, Event, Format, Progress, Sampling, Submit, Token, TokenLogprob
 from mlxd.models import Model
 
 #: A request in flight at this many deaths in a row without progress between them is suspect, and at one more given up.
@@ -29,23 +29,32 @@ MOST_BYTES = 512 * 1024 * 1024
 #: Requests that are known to take engines with them; the oldest is forgotten.
 MOST_POISONS = 1024
 #: What of a request has no part in what the model is asked.
-NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "truncate", "keep_alive_s", "priority")
+NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "top_logprobs", "truncate", "keep_alive_s", "priority")
 
 
 class Request(Struct, kw_only=True):
-    """What a client asked, whatever its dialect. Exactly one of `messages` and `prompt` is given; fields as in messages.Submit.
+    """What a client asked, whatever its dialect. Exactly one of `messages`, `prompt`, `prompt_ids` and `inputs` (to be embedded) is given;
+    fields as in messages.Submit and messages.Embed.
 
     `keep_alive_s`: None leaves the model's own, infinity is for ever.
     """
 
     model: Model
-    sampling: Sampling
+    sampling: Sampling = Sampling(seed=0)
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str = "auto"
+    format: Format | None = None
     prompt: str | None = None
+    suffix: str | None = None
+    prompt_ids: list[int] | None = None
+    context_ids: list[int] = []
+    inputs: list[str | list[int]] | None = None
     think: bool | None = None
     max_tokens: int | None = None
     num_ctx: int | None = None
     stop: list[str] = []
+    top_logprobs: int | None = None
     truncate: bool = False
     keep_alive_s: float | None = None
     priority: Priority = Priority.NORMAL
@@ -70,12 +79,22 @@ class Summary(Struct, kw_only=True):
     eval_ns: int
 
 
+class Answered(Struct, kw_only=True):
+    """A whole answer: its text and that of the thinking apart, the calls in their order, and the log-probabilities that were asked for."""
+
+    text: str
+    thinking: str
+    calls: list[Call]
+    logprobs: list[TokenLogprob]
+    summary: Summary
+
+
 class Entry:
     """One request in hand: all that another engine needs to go on where this one stopped.
 
     `attempts`: how many engines have had it; `deaths`: how many in a row died under it without progress; `cached`: prompt tokens that
     none of them had to compute; `reached`: tokens of prompt and answer that the best of them got through. `digest`: of the model whose
-    tokens these are. Times: of the monotonic clock, ns.
+    tokens these are. `text`, `thinking`, `calls`, `logprobs`: what the answer says so far. Times: of the monotonic clock, ns.
     """
 
     def __init__(self, journal: Journal, request: Request, received_ns: int):
@@ -85,35 +104,47 @@ class Entry:
         self.submitted_ns = received_ns
         self.first_token_ns: int | None = None
         self.digest: str | None = None
-        self.prompt_ids: list[int] | None = None
+        self.prompt_ids = request.prompt_ids
         self.continued = True
         self.cached: int | None = None
         self.emitted: list[int] = []
+        self.text: list[str] = []
+        self.thinking: list[str] = []
+        self.calls: list[Call] = []
+        self.logprobs: list[TokenLogprob] = []
         self.reached = 0
         self.attempts = 0
         self.deaths = 0
         self.progressed = False
 
-    def submit(self, job: int, digest: str) -> Submit:
+    def submit(self, job: int, digest: str) -> Submit | Embed:
         """The job that brings this request on from where it is, on an engine of the model with this digest. Raises Refused when that is
         another than gave the tokens so far."""
         request = self.request
         if digest != self.digest:
             if self.emitted:
                 raise Refused(500, f"the files of {request.model.name} were replaced during the answer", code="model_changed")
-            self.digest, self.prompt_ids, self.cached, self.reached = digest, None, None, 0
+            self.digest, self.prompt_ids, self.cached, self.reached = digest, request.prompt_ids, None, 0
         self.attempts += 1
         self.journal.resumed += self.attempts > 1
         self.progressed = False
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
+        if request.inputs is not None:
+            return Embed(job=job, inputs=request.inputs, truncate=request.truncate)
         known = self.prompt_ids is not None  # what an engine once tokenised is not rendered again
         return Submit(
             job=job,
             sampling=request.sampling,
             messages=None if known else request.messages,
+            tools=request.tools,
+            tool_choice=request.tool_choice,
+            format=request.format,
             prompt=None if known else request.prompt,
+            suffix=None if known else request.suffix,
+            context_ids=[] if known else request.context_ids,
             prompt_ids=self.prompt_ids,
+            top_logprobs=request.top_logprobs,
             continued=self.continued,
             emitted=self.emitted,
             think=request.think,
@@ -129,7 +160,12 @@ class Entry:
             if self.first_token_ns is None:
                 self.first_token_ns = time.monotonic_ns()
             self.emitted += event.ids
+            self.logprobs += event.logprobs
+            if event.text:
+                (self.thinking if event.thinking else self.text).append(event.text)
             self.reach(len(self.prompt_ids or []) + len(self.emitted))
+        elif isinstance(event, Call):
+            self.calls.append(event)
         elif isinstance(event, Progress):
             self.reach(event.done)
         elif isinstance(event, Accepted):
@@ -159,6 +195,15 @@ class Entry:
     @property
     def suspect(self) -> bool:
         return self.deaths >= SUSPECT_DEATHS and not self.progressed
+
+    def answered(self, done: Done) -> Answered:
+        return Answered(
+            text="".join(self.text),
+            thinking="".join(self.thinking),
+            calls=self.calls,
+            logprobs=self.logprobs,
+            summary=self.summary(done),
+        )
 
     def summary(self, done: Done) -> Summary:
         """The figures of a finished request. The engine's clock counts unless another engine had a part in it."""

@@ -204,7 +204,9 @@ SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Stop | Reopen
 class Sampling(Struct, kw_only=True, frozen=True):
     """How position i of one request is drawn: u = hash(seed, i), inverse CDF over the filtered distribution.
 
-    `temperature` 0: greedy. `top_k` 0, `top_p` 1, `min_p` 0: filter off.
+    `temperature` 0: greedy. `top_k` 0, `top_p` 1, `min_p` 0: filter off. `repeat_penalty` 1 and the other two at 0: off; they look at the
+    last `penalty_last_n` tokens (-1: all) of prompt and answer, or of the answer alone (`penalize_prompt` False, OpenAI's meaning).
+    `logit_bias`: token id -> what is added to its logit.
     """
 
     seed: int
@@ -212,6 +214,20 @@ class Sampling(Struct, kw_only=True, frozen=True):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    penalize_prompt: bool = True
+    logit_bias: dict[int, float] = {}
+
+
+class Format(Struct, kw_only=True, frozen=True):
+    """What the text of an answer must be: any JSON object ("json"), what a JSON schema allows ("json_schema", `source` is its JSON text), or
+    what a regular expression matches ("regex")."""
+
+    kind: Literal["json", "json_schema", "regex"]
+    source: str = ""
 
 
 class Submit(Struct, tag="submit", kw_only=True):
@@ -219,16 +235,26 @@ class Submit(Struct, tag="submit", kw_only=True):
 
     `emitted` are tokens that an earlier engine already produced: they are prefilled after the prompt and generation goes on at
     position len(emitted). `continued`: see Accepted; it counts with `prompt_ids` only. `max_tokens` counts the emitted ones too; None:
-    until the context is full. `think` None: what the template does by itself. `num_ctx` None: the model's own context.
+    until the context is full; 0: only tokenise. `think` None: what the template does by itself. `num_ctx` None: the model's own context.
+
+    `tools`: `{"type": "function", "function": {"name", "description"?, "parameters"?, "strict"?}}`, for the template and the parser of calls.
+    `tool_choice`: "auto", "required" (at least one call) or the name of the function to call. `suffix`: the text after the answer, for
+    models that fill in the middle; with `prompt` only. `context_ids`: tokens before the rendering. `top_logprobs`: how many of the best
+    alternatives are told of each token, None: no log-probabilities at all.
     """
 
     job: int
     sampling: Sampling
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str = "auto"
+    format: Format | None = None
     think: bool | None = None
     prompt: str | None = None
+    suffix: str | None = None
+    context_ids: list[int] = []
     prompt_ids: list[int] | None = None
+    top_logprobs: int | None = None
     continued: bool = True
     emitted: list[int] = []
     max_tokens: int | None = None
@@ -238,11 +264,19 @@ class Submit(Struct, tag="submit", kw_only=True):
     truncate: bool = False
 
 
+class Embed(Struct, tag="embed", kw_only=True):
+    """One job: a vector for each text (or list of tokens). Without `truncate` a text that is longer than the context fails the job."""
+
+    job: int
+    inputs: list[str | list[int]]
+    truncate: bool = True
+
+
 class Cancel(Struct, tag="cancel"):
     job: int
 
 
-ToEngine = Submit | Cancel
+ToEngine = Submit | Embed | Cancel
 
 # --- the engine's socket: engine -> server -----------------------------------------------------------------------------------
 
@@ -273,14 +307,48 @@ class Progress(Struct, tag="progress"):
     total: int
 
 
+class Logprob(Struct, array_like=True, frozen=True):
+    """`text` of one token, its exact bytes (a part of a character, perhaps), and the natural logarithm of its probability before
+    temperature, penalties and filters."""
+
+    text: str
+    bytes: bytes
+    logprob: float
+
+
+class TokenLogprob(Struct, array_like=True, frozen=True):
+    """Of one generated token: itself, and the best there were, in falling order."""
+
+    token: Logprob
+    top: list[Logprob]
+
+
 class Token(Struct, tag="token"):
     """New tokens of a job and the text that has become certain by them (often "": held back for a stop string or an unfinished
-    character). The joined text of a job is its answer. `thinking`: the text stands inside the model's thinking tags."""
+    character). The joined text of a job is its answer. `thinking`: the text stands inside the model's thinking tags. `logprobs`: one for
+    each of `ids`, if asked for."""
 
     job: int
     ids: list[int]
     text: str
     thinking: bool = False
+    logprobs: list[TokenLogprob] = []
+
+
+class Call(Struct, tag="call"):
+    """The model has called a function. `arguments`: a JSON object as text. Its tokens came in Token events without text."""
+
+    job: int
+    name: str
+    arguments: str
+
+
+class Embedded(Struct, tag="embedded"):
+    """The end of an Embed job. `vectors`: of each input, little-endian float32, of length 1. `tokens`: of all inputs together."""
+
+    job: int
+    vectors: list[bytes]
+    tokens: int
 
 
 class Done(Struct, tag="done", kw_only=True):
@@ -311,7 +379,7 @@ class Pulse(Struct, tag="pulse"):
     counters: Counters
 
 
-Event = Accepted | Progress | Token | Done | Failed
+Event = Accepted | Progress | Token | Call | Done | Embedded | Failed
 
 
 class Step(Struct, tag="step"):

@@ -25,6 +25,7 @@ from mlxd.messages import (
     Cancel,
     Counters,
     Done,
+    Embedded,
     EngineDown,
     EngineUp,
     Event,
@@ -149,7 +150,7 @@ class Connection:
         if job is None:  # cancelled meanwhile
             return
         job.put(event)
-        if isinstance(event, (Done, Failed)):
+        if isinstance(event, (Done, Embedded, Failed)):
             del self.jobs[event.job]
         elif len(job.events) > MOST_UNREAD:
             job.end(Refused(503, "the client did not read its answer"))
@@ -308,7 +309,7 @@ class Pool:
                 await self.changed.wait()
 
     async def events(self, engine: Engine, entry: Entry, patience_s: float) -> AsyncGenerator[Event, None]:
-        """All events of a request, from as many engines as it takes. The last is Done. Raises Refused."""
+        """All events of a request, from as many engines as it takes. The last is Done or Embedded. Raises Refused."""
         while True:
             connection = await self.ready(engine, patience_s)
             on_trial = entry.suspect
@@ -328,7 +329,7 @@ class Pool:
                             on_trial = False
                             self.acquit(engine, entry)
                         yield event
-                        if isinstance(event, Done):
+                        if isinstance(event, (Done, Embedded)):
                             return
                 finally:
                     connection.leave(job)

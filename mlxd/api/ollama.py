@@ -16,8 +16,8 @@ from mlxd.api.exchange import Exchange
 from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, StopStrings, Temperature, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
-from mlxd.journal import Request, Summary
-from mlxd.messages import Sampling
+from mlxd.journal import Answered, Request, Summary
+from mlxd.messages import Call, Sampling, Token
 from mlxd.models import Model
 from mlxd.pool import Engine, keep_alive_s
 
@@ -280,8 +280,17 @@ class Lines:
     def line(self, text: str, thinking: str, rest: bytes) -> bytes:
         return b"".join((self.opening, timestamp().encode(), b'",', self.piece(text, thinking), rest))
 
-    def token(self, text: str, thinking: bool) -> bytes:
-        return self.line("" if thinking else text, text if thinking else "", b',"done":false}\n')
+    def begin(self, choice: int, prompt_tokens: int, cached_tokens: int) -> bytes:
+        return b""
+
+    def token(self, choice: int, token: Token) -> bytes:
+        return self.more("" if token.thinking else token.text, token.text if token.thinking else "")
+
+    def more(self, text: str, thinking: str = "") -> bytes:
+        return self.line(text, thinking, b',"done":false}\n')
+
+    def call(self, choice: int, call: Call) -> bytes:
+        return b""
 
     def progress(self, done: int, total: int) -> bytes:
         return b""
@@ -291,12 +300,19 @@ class Lines:
 
     def ping(self) -> bytes:
         """NDJSON has no comments; Ollama's clients add an empty piece to what they have."""
-        return self.token("", False)
+        return self.more("")
 
-    def end(self, summary: Summary) -> bytes:
-        return self.whole("", "", summary) + b"\n"
+    def end(self, choice: int, answered: Answered) -> bytes:
+        return self.final("", "", answered.summary) + b"\n"
 
-    def whole(self, text: str, thinking: str, summary: Summary) -> bytes:
+    def close(self, answers: list[Answered]) -> bytes:
+        return b""
+
+    def whole(self, answers: list[Answered]) -> bytes:
+        (answered,) = answers
+        return self.final(answered.text, answered.thinking, answered.summary)
+
+    def final(self, text: str, thinking: str, summary: Summary) -> bytes:
         figures = {
             "done": True,
             "done_reason": summary.reason,
@@ -359,7 +375,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if not call.messages:
         await load(service, exchange, call, model, lines)
     else:
-        await service.answer(exchange, request(call, model, service), lines, call.stream is not False)
+        await service.answer(exchange, [request(call, model, service)], lines, call.stream is not False)
 
 
 async def generate(service: Service, exchange: Exchange) -> None:
@@ -369,7 +385,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
     if not call.prompt:
         await load(service, exchange, call, model, lines)
     else:
-        await service.answer(exchange, request(call, model, service), lines, call.stream is not False)
+        await service.answer(exchange, [request(call, model, service)], lines, call.stream is not False)
 
 
 async def load(service: Service, exchange: Exchange, call: Common, model: Model, lines: Lines) -> None:

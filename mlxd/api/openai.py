@@ -14,8 +14,8 @@ from mlxd.api.exchange import Exchange
 from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, Penalty, Positive, StopStrings, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
-from mlxd.journal import Request, Summary
-from mlxd.messages import Sampling
+from mlxd.journal import Answered, Request, Summary
+from mlxd.messages import Call, Sampling, Token
 from mlxd.models import Model
 
 SSE = b"text/event-stream"
@@ -210,8 +210,14 @@ class Chunks:
         delta = role + delta if delta else role[:-1]
         return b"".join((self.opening, b',"choices":[{"index":0,"delta":{', delta, b'},"finish_reason":', reason, b"}]}\n\n"))
 
-    def token(self, text: str, thinking: bool) -> bytes:
-        return self.chunk((b'"reasoning":' if thinking else b'"content":') + encode(text))
+    def begin(self, choice: int, prompt_tokens: int, cached_tokens: int) -> bytes:
+        return b""
+
+    def token(self, choice: int, token: Token) -> bytes:
+        return self.chunk((b'"reasoning":' if token.thinking else b'"content":') + encode(token.text))
+
+    def call(self, choice: int, call: Call) -> bytes:
+        return b""
 
     def progress(self, done: int, total: int) -> bytes:
         """A comment keeps clients from giving up during a long prefill."""
@@ -223,17 +229,23 @@ class Chunks:
     def ping(self) -> bytes:
         return b": ping\n\n"
 
-    def end(self, summary: Summary) -> bytes:
-        last = self.chunk(b"", encode(summary.reason))
+    def end(self, choice: int, answered: Answered) -> bytes:
+        return self.chunk(b"", encode(answered.summary.reason))
+
+    def close(self, answers: list[Answered]) -> bytes:
+        figures = b""
         if self.include_usage:
-            last += self.opening + b',"choices":[],"usage":' + encode(usage(summary)) + b"}\n\n"
-        return last + b"data: [DONE]\n\n"
+            figures = self.opening + b',"choices":[],"usage":' + encode(usage(answers[0].summary)) + b"}\n\n"
+        return figures + b"data: [DONE]\n\n"
 
     def error(self, refused: Refused) -> bytes:
         return b"data: " + error_body(refused) + b"\n\n"
 
-    def whole(self, text: str, thinking: str, summary: Summary) -> bytes:
-        message = {"role": "assistant", "content": text} | ({"reasoning": thinking} if thinking else {})
+    def whole(self, answers: list[Answered]) -> bytes:
+        (answered,) = answers
+        summary = answered.summary
+        message = {"role": "assistant", "content": answered.text}
+        message |= {"reasoning": answered.thinking} if answered.thinking else {}
         choice = {"index": 0, "message": message, "finish_reason": summary.reason}
         return encode(self.head("chat.completion") | {"choices": [choice], "usage": usage(summary)})
 
@@ -263,7 +275,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if not call.messages:
         raise Malformed("messages", "at least one message is required")
     chunks = Chunks(call.model or "", bool(call.stream_options and call.stream_options.include_usage))
-    await service.answer(exchange, request(call, model, service), chunks, bool(call.stream))
+    await service.answer(exchange, [request(call, model, service)], chunks, bool(call.stream))
 
 
 async def models(service: Service, exchange: Exchange) -> None:

@@ -6,19 +6,20 @@ Request -> admission -> engines -> events -> bytes. Knows no dialect (a View ren
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlxd import guard
 from mlxd.admission import Admission, Priority
 from mlxd.api.exchange import Exchange, Filler
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
-from mlxd.journal import Entry, Journal, Request, Summary
-from mlxd.messages import Accepted, ChildWord, Counters, Done, Event, ExitRecord, Progress, Token
+from mlxd.journal import Answered, Entry, Journal, Request
+from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, chat_template
 from mlxd.pool import Engine, Pool, keep_alive_s
@@ -28,22 +29,36 @@ WRITE_STALL_S = 30.0
 
 
 class View(Filler, Protocol):
-    """How a dialect shows one answer. b"": nothing to send. `whole` gets the text and the text of the thinking apart.
-    `resumed`: the stream goes on after so many engines have died."""
+    """How a dialect shows one answer, of one choice or several (`choice` counts from 0). b"": nothing to send.
+
+    A stream is `begin` and then `token`, `call` and `end` of each choice, as they come; `close` follows the last `end`. `begin`: the prompt
+    of a choice is tokenised. `token` is asked only of tokens that bring text or log-probabilities. `resumed`: the stream goes on after so
+    many engines have died. Otherwise `whole` has all choices.
+    """
 
     whole_type: bytes
 
-    def token(self, text: str, thinking: bool) -> bytes: ...
+    def begin(self, choice: int, prompt_tokens: int, cached_tokens: int) -> bytes: ...
+
+    def token(self, choice: int, token: Token) -> bytes: ...
+
+    def call(self, choice: int, call: Call) -> bytes: ...
 
     def progress(self, done: int, total: int) -> bytes: ...
 
     def resumed(self, times: int) -> bytes: ...
 
-    def end(self, summary: Summary) -> bytes: ...
+    def end(self, choice: int, answered: Answered) -> bytes: ...
+
+    def close(self, answers: list[Answered]) -> bytes: ...
 
     def error(self, refused: Refused) -> bytes: ...
 
-    def whole(self, text: str, thinking: str, summary: Summary) -> bytes: ...
+    def whole(self, answers: list[Answered]) -> bytes: ...
+
+
+#: What takes the events of a request, by its place among those that came together.
+Tell = Callable[[int, Entry, Event], Awaitable[None]]
 
 
 class Service:
@@ -114,72 +129,85 @@ class Service:
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
-    async def answer(self, exchange: Exchange, request: Request, view: View, stream: bool) -> None:
-        """Serve a request to its end, or until its client leaves. Raises Refused before the first byte."""
-        self.check_supervised()
-        request.priority = priority(exchange)
-        with self.journal.keep(request, exchange.received_ns, exchange.body_bytes) as entry:
-            try:
-                await exchange.while_connected(self.run(exchange, entry, view, stream))
-            except Exception as error:
-                if not exchange.started:
-                    raise
-                # While connected: a client that does not read is left behind here, too.
-                await exchange.while_connected(exchange.write(view.error(refusal(error)), last=True))
+    async def answer(self, exchange: Exchange, requests: list[Request], view: View, stream: bool) -> None:
+        """Serve requests of one model, each a choice of one answer, to their end, or until their client leaves. Raises Refused before the
+        first byte."""
+        answer = StreamedAnswer(exchange, view, len(requests)) if stream else WholeAnswer(exchange, view, len(requests))
+        try:
+            await self.serve(exchange, requests, answer.tell, view if stream else None)
+        except Exception as error:
+            if not exchange.started:
+                raise
+            # While connected: a client that does not read is left behind here, too.
+            await exchange.while_connected(exchange.write(view.error(refusal(error)), last=True))
 
-    async def run(self, exchange: Exchange, entry: Entry, view: View, stream: bool) -> None:
-        """Admission, engines, bytes. Raises Refused."""
-        request = entry.request
-        filler = view if stream else None
-        wait_s, request_s = self.config.server.queue_wait_s, self.config.server.request_s
+    async def embed(self, exchange: Exchange, request: Request) -> tuple[Embedded, int]:
+        """The vectors of `request.inputs`, and how long its model took to be ready, in ns. Raises Refused."""
+        ended: list[tuple[Embedded, int]] = []
+
+        async def tell(choice: int, entry: Entry, event: Event) -> None:
+            if isinstance(event, Embedded):
+                ended.append((event, max(1, entry.submitted_ns - entry.received_ns)))
+
+        await self.serve(exchange, [request], tell)
+        if not ended:
+            raise asyncio.CancelledError  # the client has left
+        return ended[0]
+
+    async def count(self, exchange: Exchange, request: Request) -> int:
+        """How many tokens the prompt of a request has. Raises Refused."""
+        request.max_tokens = 0
+        counts: list[int] = []
+
+        async def tell(choice: int, entry: Entry, event: Event) -> None:
+            if isinstance(event, Done):
+                counts.append(len(entry.prompt_ids or []))
+
+        await self.serve(exchange, [request], tell)
+        if not counts:
+            raise asyncio.CancelledError  # the client has left
+        return counts[0]
+
+    async def serve(self, exchange: Exchange, requests: list[Request], tell: Tell, filler: Filler | None = None) -> None:
+        """All events of the requests, until their client leaves. Raises Refused."""
+        self.check_supervised()
+        with contextlib.ExitStack() as kept:
+            entries: list[Entry] = []
+            for request in requests:
+                request.priority = priority(exchange)
+                size = 0 if entries else exchange.body_bytes
+                entries.append(kept.enter_context(self.journal.keep(request, exchange.received_ns, size)))
+            await exchange.while_connected(self.run(exchange, entries, tell, filler))
+
+    async def run(self, exchange: Exchange, entries: list[Entry], tell: Tell, filler: Filler | None) -> None:
+        """Admission, engines, events. Raises Refused."""
+        request = entries[0].request
+        request_s = self.config.server.request_s
         try:
             async with asyncio.timeout(request_s):
-                with (
-                    self.admission.enter(request.priority) as ticket,
-                    self.pool.using(request.model, request.keep_alive_s) as engine,
-                ):
+                with contextlib.ExitStack() as places:
+                    tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
+                    engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
-                    await self.pool.ready(engine, wait_s)
+                    await self.pool.ready(engine, self.config.server.queue_wait_s)
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
-                    await ticket.admitted()
-                    exchange.filler = filler
-                    with self.pool.serving(engine):
-                        async with aclosing(self.pool.events(engine, entry, wait_s)) as events:
-                            await (self.send_stream if stream else self.send_whole)(exchange, entry, view, events)
+
+                    async def go(choice: int) -> None:
+                        await tickets[choice].admitted()
+                        exchange.filler = filler
+                        await self.follow(engine, choice, entries[choice], tell)
+
+                    await together([go(choice) for choice in range(len(entries))])
         except TimeoutError:
             raise Refused(504, f"the request took longer than {request_s:g} s", code="timeout", hopeless=True) from None
         finally:
             exchange.filler = None
 
-    async def send_stream(self, exchange: Exchange, entry: Entry, view: View, events: AsyncIterator[Event]) -> None:
-        """One write per event that has something to say."""
-        async for event in events:
-            data = b""
-            if isinstance(event, Token) and event.text:
-                data = view.token(event.text, event.thinking)
-            elif isinstance(event, Accepted) and entry.resumes:
-                note_resumed(exchange, entry)
-                data = view.resumed(entry.resumes) if exchange.started else b""
-            elif isinstance(event, Done):
-                data = view.end(entry.summary(event))
-            elif isinstance(event, Progress) and event.done < event.total:
-                data = view.progress(event.done, event.total)
-            if data:
-                if not exchange.started:
-                    await exchange.stream(view.stream_type)
-                await exchange.write(data, last=isinstance(event, Done))
-
-    async def send_whole(self, exchange: Exchange, entry: Entry, view: View, events: AsyncIterator[Event]) -> None:
-        text: list[str] = []
-        thinking: list[str] = []
-        async for event in events:
-            if isinstance(event, Token):
-                (thinking if event.thinking else text).append(event.text)
-            elif isinstance(event, Accepted):
-                note_resumed(exchange, entry)
-            elif isinstance(event, Done):
-                body = view.whole("".join(text), "".join(thinking), entry.summary(event))
-                await exchange.reply(200, body, view.whole_type)
+    async def follow(self, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
+        with self.pool.serving(engine):
+            async with aclosing(self.pool.events(engine, entry, self.config.server.queue_wait_s)) as events:
+                async for event in events:
+                    await tell(choice, entry, event)
 
     def check_supervised(self) -> None:
         if not self.supervised:
@@ -220,9 +248,82 @@ def priority(exchange: Exchange) -> Priority:
         raise Refused(400, "X-Priority must be high, normal or low") from None
 
 
-def note_resumed(exchange: Exchange, entry: Entry) -> None:
-    if entry.resumes:
-        exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
+class WholeAnswer:
+    """All choices at once, when the last of them is there."""
+
+    def __init__(self, exchange: Exchange, view: View, choices: int):
+        self.exchange = exchange
+        self.view = view
+        self.answers: list[Answered | None] = [None] * choices
+
+    async def tell(self, choice: int, entry: Entry, event: Event) -> None:
+        if isinstance(event, Accepted) and entry.resumes:
+            self.exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
+        elif isinstance(event, Done) and (answers := self.complete(choice, entry, event)):
+            await self.exchange.reply(200, self.view.whole(answers), self.view.whole_type)
+
+    def complete(self, choice: int, entry: Entry, done: Done) -> list[Answered]:
+        """All answers when this was the last, else []."""
+        self.answers[choice] = entry.answered(done)
+        answers = [answer for answer in self.answers if answer is not None]
+        return answers if len(answers) == len(self.answers) else []
+
+
+class StreamedAnswer(WholeAnswer):
+    """One write per event that has something to say."""
+
+    def __init__(self, exchange: Exchange, view: View, choices: int):
+        super().__init__(exchange, view, choices)
+        self.begun: set[int] = set()
+        self.writing = asyncio.Lock()
+
+    async def tell(self, choice: int, entry: Entry, event: Event) -> None:
+        async with self.writing:  # one choice at a time
+            data, last = self.render(choice, entry, event)
+            if data:
+                if not self.exchange.started:
+                    await self.exchange.stream(self.view.stream_type)
+                await self.exchange.write(data, last)
+
+    def render(self, choice: int, entry: Entry, event: Event) -> tuple[bytes, bool]:
+        """The bytes for an event, and whether they are the last."""
+        view = self.view
+        if isinstance(event, Token):
+            return view.token(choice, event) if event.text or event.logprobs else b"", False
+        if isinstance(event, Call):
+            return view.call(choice, event), False
+        if isinstance(event, Accepted):
+            return self.accepted(choice, entry), False
+        if isinstance(event, Progress):
+            return view.progress(event.done, event.total) if event.done < event.total else b"", False
+        assert isinstance(event, Done)
+        answers = self.complete(choice, entry, event)
+        answered = self.answers[choice]
+        assert answered is not None
+        return view.end(choice, answered) + (view.close(answers) if answers else b""), bool(answers)
+
+    def accepted(self, choice: int, entry: Entry) -> bytes:
+        data = b""
+        if entry.resumes:
+            self.exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
+            data = self.view.resumed(entry.resumes) if self.exchange.started else b""
+        if choice not in self.begun:
+            self.begun.add(choice)
+            data += self.view.begin(choice, len(entry.prompt_ids or []), entry.cached or 0)
+        return data
+
+
+async def together(work: list[Coroutine[Any, Any, None]]) -> None:
+    """All of it at once; the first that fails ends the others. Raises what that one raised."""
+    if len(work) == 1:
+        await work[0]
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def refusal(error: Exception) -> Refused:

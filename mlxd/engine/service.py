@@ -20,7 +20,7 @@ from mlxd.engine.batch import Batch, Opened, Row, Tick
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Cancel, Done, Event, Failed, Loaded, Progress, Step, Submit, Token
+from mlxd.messages import Accepted, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,8 @@ class Service:
                 self.end(job)
         elif message.job in connection.jobs:
             raise ValueError(f"job {message.job} was submitted twice")
+        elif isinstance(message, Embed):
+            connection.send(Step([Failed(message.job, 400, f"{self.loaded.model} does not support embeddings")]))
         else:
             connection.jobs[message.job] = job = Job(connection, message)
             self.unprepared.put_nowait(job)
