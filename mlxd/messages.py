@@ -312,7 +312,7 @@ class Logprob(Struct, array_like=True, frozen=True):
     temperature, penalties and filters."""
 
     text: str
-    bytes: bytes
+    raw: bytes
     logprob: float
 
 
