@@ -10,6 +10,9 @@ as well: hello, beats, load, ready. What it does stands in the text of the last 
     think=2     that many tokens of thinking      echo       the answer is the Submit it got, as JSON
     length      ends with reason "length"         burst      all tokens in one frame
     wall=3      exits whenever it is to give that token
+    call=f      calls the function f({"city": "Paris"}) at the end; call=f,g calls two
+
+A job to be embedded gets one vector for each text, (length of the text, 1, 0, 0) made one long; its words are those of the first text.
 
 and, for how it loads, in the name of the model: `refused`, `dies-loading` (until its directory holds a file `healed`), `slow-loading`
 (2 s), `never-ready`, `ignores-term`.
@@ -19,8 +22,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import signal
+import struct
 import sys
 from pathlib import Path
 
@@ -31,14 +36,18 @@ from mlxd.messages import (
     Accepted,
     Beat,
     Bye,
+    Call,
     Cancel,
     Counters,
     Done,
     Drain,
+    Embed,
+    Embedded,
     Failed,
     Hello,
     Load,
     Loaded,
+    Logprob,
     Progress,
     Pulse,
     Ready,
@@ -46,6 +55,7 @@ from mlxd.messages import (
     Stop,
     Submit,
     Token,
+    TokenLogprob,
 )
 
 CONTEXT = 4096
@@ -71,6 +81,8 @@ class FakeEngine:
                 match messages.to_engine.decode(await reader.readexactly(length)):
                     case Submit() as submit:
                         jobs[submit.job] = asyncio.create_task(self.work(submit, writer))
+                    case Embed() as embed:
+                        jobs[embed.job] = asyncio.create_task(self.embed(embed, writer))
                     case Cancel(job=job):
                         if task := jobs.pop(job, None):
                             task.cancel()
@@ -94,6 +106,19 @@ class FakeEngine:
         finally:
             self.counters.running -= 1
             self.counters.finished += 1
+
+    async def embed(self, embed: Embed, writer: asyncio.StreamWriter) -> None:
+        words = dict(word.partition("=")[::2] for word in str(embed.inputs[0]).split())
+        if "poison" in words:
+            os._exit(3)
+        if "fail" in words:
+            writer.write(messages.frame(Step([Failed(embed.job, int(words["fail"] or 400), "scripted failure")])))
+            return
+        await asyncio.sleep(float(words.get("first") or 0))
+        sizes = [len(text) for text in embed.inputs]
+        vectors = [struct.pack("<4f", n / math.hypot(n, 1), 1 / math.hypot(n, 1), 0, 0) for n in sizes]
+        self.counters.finished += 1
+        writer.write(messages.frame(Step([Embedded(embed.job, vectors, sum(sizes))])))
 
 
 class Script:
@@ -129,7 +154,10 @@ class Script:
             self.send(Progress(job, 512, 1024))
         pieces = self.pieces()
         most = len(pieces) if submit.max_tokens is None else min(len(pieces), submit.max_tokens)
-        tokens = [Token(job, [i], pieces[i], i < self.number("think", 0)) for i in range(len(submit.emitted), most)]
+        tokens = [
+            Token(job, [i], pieces[i], i < self.number("think", 0), self.logprobs(pieces, i))
+            for i in range(len(submit.emitted), most)
+        ]
         for token in tokens:
             if "die" in self.words and token.ids[0] == self.number("die", 0) > len(submit.emitted):
                 await self.writer.drain()
@@ -144,9 +172,18 @@ class Script:
                 await asyncio.sleep(self.number("delay", 0))
         if "burst" in self.words:
             self.send(*tokens)
+        for name in filter(None, self.words.get("call", "").split(",")):
+            self.send(Call(job, name, '{"city": "Paris"}'))
         reason = "length" if "length" in self.words or most < len(pieces) else "stop"
         figures = {"prompt_tokens": len(self.prompt_ids), "completion_tokens": most, "cached_tokens": 0}
         self.send(Done(job=job, reason=reason, prompt_ns=1_000_000, eval_ns=2_000_000, **figures))
+
+    def logprobs(self, pieces: list[str], i: int) -> list[TokenLogprob]:
+        """The token itself is the best, and every next one half as likely."""
+        if self.submit.top_logprobs is None:
+            return []
+        top = [Logprob(f"{pieces[i]}{n or ''}", pieces[i].encode(), -0.5 - n) for n in range(self.submit.top_logprobs)]
+        return [TokenLogprob(Logprob(pieces[i], pieces[i].encode(), -0.5), top)]
 
     def pieces(self) -> list[str]:
         if "echo" in self.words:
