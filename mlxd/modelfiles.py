@@ -5,7 +5,7 @@ The server asks when it lists models, the engine again when it loads one. Pure P
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,13 @@ INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 #: Keys whose presence means that the model cannot work without running code that came with it (CVE-2026-5843 is one of them).
 CODE_KEYS = ("model_file", "trust_remote_code", "custom_pipelines")
+#: Tokens before the text, before what follows the gap, and before what fills it: Qwen, StarCoder, CodeLlama, DeepSeek.
+INSERT_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+)
 #: The format's own bound on a header (safetensors, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 #: tokenizer.json of the largest vocabularies is some 35 MB.
@@ -55,6 +62,11 @@ def refuse_code(name: str, found: Any) -> None:
     elif isinstance(found, list):
         for value in found:
             refuse_code(name, value)
+
+
+def fill_in_the_middle(vocabulary: Container[str]) -> tuple[str, str, str] | None:
+    """The marks by which a model writes what stands between two texts; None when it has none."""
+    return next((marks for marks in INSERT_MARKS if all(mark in vocabulary for mark in marks)), None)
 
 
 def check_tokenizer(names: Iterable[str]) -> None:

@@ -25,7 +25,23 @@ import msgspec
 from mlxd import messages
 from mlxd.config import Config
 from mlxd.link import ChildSettings
-from mlxd.messages import Accepted, Bye, Cancel, Done, Event, Failed, Load, Loaded, Progress, Pulse, Sampling, Step, Submit, Token
+from mlxd.messages import (
+    Accepted,
+    Bye,
+    Call,
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Load,
+    Loaded,
+    Progress,
+    Pulse,
+    Sampling,
+    Step,
+    Submit,
+    Token,
+)
 
 DEADLINE_S = 30.0
 W = TypeVar("W")
@@ -139,6 +155,7 @@ class Result:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     thinking: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
     done: Done | None = None
     failed: Failed | None = None
     events: list[Event] = field(default_factory=list)
@@ -159,6 +176,8 @@ class Result:
                     self.thinking += event.text
                 else:
                     self.text += event.text
+            case Call():
+                self.calls.append((event.name, event.arguments))
             case Done():
                 self.done = event
             case Failed():

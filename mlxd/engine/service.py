@@ -15,12 +15,12 @@ from typing import Literal
 import msgspec
 
 from mlxd import messages
-from mlxd.engine.answer import Answer, Piece
+from mlxd.engine.answer import Answer, Called, Piece
 from mlxd.engine.batch import Batch, Opened, Row, Tick
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token
+from mlxd.messages import Accepted, Call, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,17 @@ class Job:
     def tell(self, event: Event) -> None:
         self.connection.events.append(event)
 
-    def tell_pieces(self, ids: list[int], pieces: list[Piece]) -> None:
-        """One Token, or as many as there are changes between thinking and answer; the first has the ids."""
-        for text, thinking in pieces:
-            self.tell(Token(self.submit.job, ids, text, thinking))
-            ids = []
-        if ids:
+    def tell_pieces(self, ids: list[int], pieces: list[Piece | Called]) -> None:
+        """One Token, or as many as there are changes between thinking and answer; the first has the ids, and comes before any call."""
+        if ids and not (pieces and isinstance(pieces[0], Piece)):
             self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning"))
+            ids = []
+        for piece in pieces:
+            if isinstance(piece, Called):
+                self.tell(Call(self.submit.job, piece.name, piece.arguments))
+            else:
+                self.tell(Token(self.submit.job, ids, piece.text, piece.thinking))
+                ids = []
 
 
 class Service:
@@ -207,8 +211,9 @@ class Service:
     def prepare(self, job: Job) -> None:
         """In the text thread. Raises Refused."""
         job.prompt = self.prompter.prepare(job.submit)
-        job.answer = Answer(self.tokenizer, job.submit.stop, thinking=job.prompt.thinking, continued=job.prompt.continued)
-        for token in job.submit.emitted:  # what an earlier engine said; its text is with the client
+        submit, prompt = job.submit, job.prompt
+        job.answer = Answer(self.tokenizer, submit.stop, thinking=prompt.thinking, continued=prompt.continued, tools=submit.tools)
+        for token in submit.emitted:  # what an earlier engine said; its text is with the client
             job.answer.feed(token)
 
     def admit(self, job: Job) -> None:
@@ -218,7 +223,7 @@ class Service:
         left = prompt.max_tokens - len(submit.emitted)
         if job.answer.stop_string is not None or left <= 0:
             job.tell(Accepted(submit.job, prompt.ids, 0, prompt.continued))
-            job.tell_pieces([], job.answer.finish())
+            job.tell_pieces([], job.answer.finish(cut=True))
             self.finish(job, "length")
             return
         job.row = Row(job, prompt.ids + submit.emitted, Draw(submit.sampling, len(prompt.ids)), left)
@@ -252,7 +257,7 @@ class Service:
             pieces = job.answer.feed(token) if ids else []
             ended = reason is not None or job.answer.stop_string is not None
             if ended:
-                pieces += job.answer.finish()
+                pieces += job.answer.finish(cut=reason == "length")
         except Exception as error:  # a vocabulary with gaps has ids that stand for no text
             self.fail(job, 500, f"token {token} cannot be decoded: {type(error).__name__}: {error}")
             return

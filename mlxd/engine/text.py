@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxd.errors import Refused
 from mlxd.messages import Submit
+from mlxd.modelfiles import fill_in_the_middle
 
 Message = dict[str, Any]
 
@@ -51,6 +52,8 @@ class Prompter:
     def prepare(self, submit: Submit) -> Prompt:
         """The prompt of a request. Raises Refused with a 400 when it is empty, too long, or not what the template can take."""
         context = min(self.context_length, submit.num_ctx or self.context_length)
+        if submit.tools and not self.tokenizer.has_tool_calling:
+            raise Refused(400, "this model does not support tools: mlx-lm cannot read the calls that it makes")
         ids = self.ids(submit, context)
         if not ids:
             raise Refused(400, "the prompt is empty")
@@ -67,6 +70,8 @@ class Prompter:
     def ids(self, submit: Submit, context: int) -> list[int]:
         if submit.prompt_ids is not None:
             return submit.prompt_ids
+        if submit.prompt is not None and submit.suffix:
+            return self.around(submit.prompt, submit.suffix, context)
         if submit.prompt is not None:
             self.check_bytes(submit.prompt, context)
             # As in mlx-lm's stream_generate: a text that brings its own BOS gets no second one.
@@ -83,8 +88,17 @@ class Prompter:
             return self.encode(text, special=False)
 
         if not submit.truncate:
-            return render(0) or []
+            return submit.context_ids + (render(0) or [])
         return truncated(render, bytes_left(messages), context)
+
+    def around(self, before: str, after: str, context: int) -> list[int]:
+        """The prompt of a model that is to write what stands between two texts. Raises Refused when it never learned to."""
+        marks = fill_in_the_middle(self.tokenizer.get_vocab())
+        if marks is None:
+            raise Refused(400, "this model does not support insert: its vocabulary has no marks for it")
+        self.check_bytes(before + after, context)
+        prefix, suffix, middle = (self.tokenizer.convert_tokens_to_ids(mark) for mark in marks)
+        return [prefix, *self.encode(before, special=False), suffix, *self.encode(after, special=False), middle]
 
     def check_bytes(self, text: str, context: int) -> None:
         if len(text.encode()) > context * BYTES_PER_TOKEN:
