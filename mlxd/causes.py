@@ -74,6 +74,9 @@ ERROR = Cause("error", "ended with an error", "read its log")
 SIGNAL = Cause("signal", "was ended by a signal", "find out who sent it")
 KILLED = Cause("killed", "was killed from outside", faultless=True, outside=True)
 TERMINATED = Cause("terminated", "was terminated from outside", faultless=True, outside=True)
+PAUSED = Cause(
+    "paused", "was paused from outside (SIGSTOP) and did not beat", "find out who paused it", faultless=True, outside=True
+)
 STOPPED = Cause("stopped", "was stopped", faultless=True, outside=True)
 REFUSED = Cause("refused", "said that this model cannot be loaded", "mend the model's files, or use another")
 DEADLINE = Cause("deadline", "was replaced: the text of one request took too long", "look at that request", faultless=True)

@@ -277,6 +277,14 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
 
 
+def is_paused(pid: int) -> bool:
+    """Whether somebody has sent it SIGSTOP, or the like, and no SIGCONT since."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
 def footprint(pid: int) -> int:
     """Memory that the system would get back, bytes: what jetsam counts on macOS, resident memory elsewhere. 0: cannot be told."""
     if sys.platform == "darwin":

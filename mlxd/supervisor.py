@@ -741,7 +741,7 @@ class Supervisor:
             log.warning("%s has not beaten for %.1f s", one.title, silent_s)
             one.dump_stack()
         if silent_s > (health.frozen_loading_s if one.state is State.LOADING else health.frozen_s):
-            one.suspicion = "frozen"
+            one.suspicion = "paused" if one.pid is not None and child.is_paused(one.pid) else "frozen"
             self.handle(one, Event.SICK)
 
     def look_at_progress(self, one: Child, now: float) -> None:

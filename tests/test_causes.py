@@ -106,6 +106,7 @@ def test_an_exception_is_known_by_the_last_word(text: str) -> None:
         (End(signal=signal.SIGUSR2), "signal"),
         (End(signal=60), "signal"),
         (End(signal=KILL, suspicion="frozen", starved=True), "frozen"),
+        (End(signal=signal.SIGTERM, suspicion="paused"), "paused"),
         (End(signal=signal.SIGTERM, suspicion="stalled"), "stalled"),
         (End(signal=signal.SIGTERM, intended=True), "stopped"),
         (End(code=0, intended=True, bye=Bye("refused", "config.json is missing")), "refused"),
@@ -124,7 +125,14 @@ def test_the_nearest_evidence_counts(end: End, name: str) -> None:
 
 
 def test_whoever_ended_it_decides_who_is_blamed() -> None:
-    assert {name for name, cause in CAUSES.items() if cause.faultless} == {"killed", "terminated", "stopped", "deadline", "victim"}
+    assert {name for name, cause in CAUSES.items() if cause.faultless} == {
+        "killed",
+        "terminated",
+        "paused",
+        "stopped",
+        "deadline",
+        "victim",
+    }
     assert {name for name, cause in CAUSES.items() if cause.pressure} == {"memory"}
     assert all(cause.faultless for cause in CAUSES.values() if cause.outside)
 

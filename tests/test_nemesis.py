@@ -146,11 +146,14 @@ class Nemesis:
         where = self.daemon.paths
         with contextlib.suppress(FileNotFoundError):  # the nemesis has just removed it
             json.loads(where.state.read_text())
-        with contextlib.suppress(FileNotFoundError):
-            self.ends |= {(end["ts"], end["pid"]): end for end in map(json.loads, where.exits.read_text().splitlines())}
+        self.read_ends(where.exits)
         with contextlib.suppress(FileNotFoundError):
             assert where.pid_file.read_text().strip().isdigit()
         assert not self.wrong(), f"{self.wrong()[:2]}\n{self.told()}"
+
+    def read_ends(self, file: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.ends |= {(end["ts"], end["pid"]): end for end in map(json.loads, file.read_text().splitlines())}
 
     def wrong(self) -> list[str]:
         """What was answered otherwise, or not at all, though nothing excuses it."""
@@ -174,7 +177,7 @@ class Nemesis:
     def deaths_since(self, moment: float) -> int:
         """Ends of engines with a model that look as if a request had caused them, since just before a moment of the monotonic clock."""
         since = time.time() - (time.monotonic() - moment) - 1.0
-        guilty = [end for end in self.ends.values() if end["model"] and end["cause"] in ("aborted", "segfault", "frozen")]
+        guilty = [end for end in self.ends.values() if end["model"] and end["cause"] in ("aborted", "segfault")]
         return sum(datetime.fromisoformat(end["ts"]).timestamp() > since for end in guilty)
 
     def finish(self) -> None:
@@ -265,7 +268,12 @@ class Nemesis:
         where = self.daemon.paths
         files = [where.pid_file, where.lock, where.state, where.exits, *where.logs.glob("*.log"), *where.run.glob("engine-*.sock")]
         file: Path = self.chance.choice(files)
-        file.unlink(missing_ok=True)
+        gone = file.with_name("removed")
+        with contextlib.suppress(FileNotFoundError):
+            file.rename(gone)
+            if file == where.exits:  # what an excuse may rest on
+                self.read_ends(gone)
+            gone.unlink()
         return file.name
 
     def throw_garbage(self) -> str:
