@@ -382,9 +382,10 @@ def test_a_suffix_reaches_a_model_that_fills_in() -> None:
 
 
 COMPLETION_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
-    ({"prompt": None}, "a prompt is required", "prompt"),
-    ({"prompt": []}, "a prompt is required", "prompt"),
-    ({"prompt": [[1], []]}, "none may be an empty list", "prompt"),
+    ({"prompt": None}, "expected array, got null", "prompt"),
+    ({"prompt": []}, "an empty list is no prompt", "prompt"),
+    ({"prompt": [[1], []]}, "an empty list is no prompt", "prompt"),
+    ({"prompt": [[1]] * 2**18}, "more than 1048576 bytes of free JSON", "prompt"),
     ({"prompt": ["a", 1]}, "no mixture", "prompt"),
     ({"prompt": [-1]}, "expected int >= 0", "prompt[0]"),
     ({"prompt": ["a", [1.5]]}, "expected int", "prompt[1][0]"),

@@ -109,7 +109,8 @@ def test_thinking_has_a_field_of_its_own(client: OpenAI) -> None:
 
 
 def test_usage_comes_with_the_stream_and_counts_what_the_cache_supplied(client: OpenAI) -> None:
-    asked: Any = {"messages": said(QUESTION), "temperature": 0}
+    system = {"role": "system", "content": "You are a model that knows about mlxd. " * 4}
+    asked: Any = {"messages": [system, *said(QUESTION)], "temperature": 0}
     whole = client.chat.completions.create(model=MODEL, **asked).usage
     *_, last = client.chat.completions.create(model=MODEL, stream=True, stream_options={"include_usage": True}, **asked)
     assert (last.choices, last.usage.prompt_tokens, last.usage.total_tokens) == ([], whole.prompt_tokens, whole.total_tokens)

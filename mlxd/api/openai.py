@@ -152,7 +152,7 @@ class Chat(Common):
 class Completion(Common):
     """The body of /v1/completions. The prompt goes to the model as it is, without the chat template: text or tokens, one or many."""
 
-    prompt: str | list[str | TokenId | list[TokenId]] | None = None
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["string", "array", "null"]})] = NULL
     suffix: str | None = None
     echo: bool | None = None
     best_of: Positive | None = None
@@ -162,6 +162,8 @@ class Completion(Common):
 chats = msgspec.json.Decoder(Chat)
 completions = msgspec.json.Decoder(Completion)
 objects = msgspec.json.Decoder(dict[str, Any])
+prompt_texts = msgspec.json.Decoder(str)
+prompt_lists = msgspec.json.Decoder(list[str | TokenId | list[TokenId]])
 
 EFFORTS = ("minimal", "low", "medium", "high", "max", "xhigh", "ultra")
 #: Known, of no use to anybody if left out silently, and not here.
@@ -356,15 +358,16 @@ def completion_requests(call: Completion, model: Model, service: Service) -> lis
     return requests
 
 
-def prompts(asked: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
+def prompts(raw: msgspec.Raw) -> list[str | list[int]]:
     """One or many. Raises Malformed."""
-    if isinstance(asked, str):
-        return [asked]
-    texts = [one for one in asked or [] if isinstance(one, str)]
-    tokens = [one for one in asked or [] if isinstance(one, int)]
-    lists = [one for one in asked or [] if isinstance(one, list)]
+    if bytes(raw).startswith(b'"'):
+        return [fields.decode(prompt_texts, bytes(raw))]
+    asked = Budget().decode("prompt", prompt_lists, raw)
+    texts = [one for one in asked if isinstance(one, str)]
+    tokens = [one for one in asked if isinstance(one, int)]
+    lists = [one for one in asked if isinstance(one, list)]
     if not asked or not all(lists):
-        raise Malformed("prompt", "a prompt is required, and none may be an empty list")
+        raise Malformed("prompt", "an empty list is no prompt")
     if bool(texts) + bool(tokens) + bool(lists) > 1:
         raise Malformed("prompt", "must be text, a list of texts, a list of tokens or a list of such lists, and no mixture")
     return [tokens] if tokens else [*texts, *lists]
