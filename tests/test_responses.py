@@ -254,7 +254,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference' is not a type of item", "input[0].type"),
     ({"input": [{"type": "function_call", "arguments": "{}"}]}, "a call needs a name", "input[0].name"),
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "is not a JSON object", "input[0].arguments"),
-    ({"input": [{"type": "local_shell_call"}]}, "expected object, got null", "input[0].arguments"),
+    ({"input": [{"type": "local_shell_call"}]}, "expected object, got null", "input[0].action"),
     ({"previous_response_id": "resp_x"}, "there is no response with id 'resp_x'", "previous_response_id"),
     ({"conversation": "conv_1"}, "use previous_response_id", "conversation"),
     ({"prompt": {"id": "pmpt_1"}}, "there are no stored prompts", "prompt"),

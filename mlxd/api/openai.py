@@ -6,7 +6,7 @@ import secrets
 import time
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -19,8 +19,6 @@ from mlxd.errors import Refused
 from mlxd.journal import Answered, Request
 from mlxd.messages import Call, Format, Logprob, Sampling, Token, TokenLogprob
 from mlxd.models import Model
-
-T = TypeVar("T")
 
 SSE = b"text/event-stream"
 JSON = b"application/json"
@@ -191,10 +189,9 @@ def conversation(messages: list[Message], name: str, budget: Budget) -> list[dic
         if message.reasoning:
             item["reasoning_content"] = message.reasoning
         if message.tool_calls:
+            where = f"messages[{index}].tool_calls"
             item["tool_calls"] = [
-                tool_call(
-                    call.id, call.function.name, call.function.arguments, f"messages[{index}].tool_calls[{n}].function", budget
-                )
+                tool_call(call.id, call.function.name, call.function.arguments, f"{where}[{n}].function.arguments", budget)
                 for n, call in enumerate(message.tool_calls)
             ]
             names |= {call.id: call.function.name for call in message.tool_calls if call.id}
@@ -219,8 +216,8 @@ def text_of(content: str | list[Part] | None, path: str, name: str) -> str:
 
 
 def tool_call(id: str | None, name: str, arguments: str | None, path: str, budget: Budget) -> dict[str, Any]:
-    """A call that was made earlier. Raises Malformed."""
-    value = budget.decode(f"{path}.arguments", objects, (arguments or "{}").encode())
+    """A call that was made earlier; `path`: of its arguments. Raises Malformed."""
+    value = budget.decode(path, objects, (arguments or "{}").encode())
     item: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": value}}
     return item | {"id": id} if id else item
 

@@ -160,7 +160,7 @@ def transcript(before: list[dict[str, Any]], items: list[Item], name: str, budge
                     messages[-1]["reasoning_content"] = thinking
                 thinking = ""
             case "reasoning":
-                thinking = thought(item)
+                thinking += thought(item)
             case "function_call" | "custom_tool_call" | "local_shell_call" as kind:
                 call = called(kind, item, path, budget)
                 names[item.call_id] = call["function"]["name"]
@@ -188,12 +188,12 @@ def thought(item: Item) -> str:
 def called(kind: str, item: Item, path: str, budget: Budget) -> dict[str, Any]:
     """An earlier call. Raises Malformed."""
     if kind == "local_shell_call":
-        return tool_call(item.call_id, "local_shell", bytes(item.action).decode(), path, budget)
+        return tool_call(item.call_id, "local_shell", bytes(item.action).decode(), f"{path}.action", budget)
     if item.name is None:
         raise Malformed(f"{path}.name", "a call needs a name")
     name = f"{item.namespace}.{item.name}" if item.namespace else item.name
     arguments = encode({"input": item.input or ""}).decode() if kind == "custom_tool_call" else item.arguments
-    return tool_call(item.call_id, name, arguments, path, budget)
+    return tool_call(item.call_id, name, arguments, f"{path}.arguments", budget)
 
 
 class Asked(NamedTuple):
