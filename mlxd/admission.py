@@ -63,12 +63,20 @@ class Ticket:
         self.house = house
         self.priority = priority
         self.runs = False
+        self.gone = False
         house.waiting += 1
 
     def __enter__(self) -> Ticket:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the place up; nothing happens the second time."""
+        if self.gone:
+            return
+        self.gone = True
         if self.runs:
             self.house.running -= 1
             self.house.give()
@@ -90,7 +98,7 @@ class Ticket:
             ) from None
         finally:
             if turn.done() and not turn.cancelled():
-                self.runs = True  # also when cancelled or late just as the turn came: __exit__ gives the slot on
+                self.runs = True  # also when cancelled or late just as the turn came: `leave` gives the slot on
                 house.waiting -= 1
             else:
                 with contextlib.suppress(ValueError):  # `give` may have passed it over already

@@ -66,13 +66,15 @@ class Request(Struct, kw_only=True):
 
 
 class Summary(Struct, kw_only=True):
-    """How an answer ended and what it cost. Durations in ns; they add up to no more than `total_ns`."""
+    """How an answer ended and what it cost. `thinking_tokens`: how many of the emitted ones. Durations in ns; they add up to no
+    more than `total_ns`."""
 
     reason: str
     stop_string: str | None
     prompt_ids: list[int]
     emitted: list[int]
     cached_tokens: int
+    thinking_tokens: int
     total_ns: int
     load_ns: int
     prompt_ns: int
@@ -112,6 +114,7 @@ class Entry:
         self.thinking: list[str] = []
         self.calls: list[Call] = []
         self.logprobs: list[TokenLogprob] = []
+        self.thinking_tokens = 0
         self.reached = 0
         self.attempts = 0
         self.deaths = 0
@@ -160,6 +163,7 @@ class Entry:
             if self.first_token_ns is None:
                 self.first_token_ns = time.monotonic_ns()
             self.emitted += event.ids
+            self.thinking_tokens += len(event.ids) if event.thinking else 0
             self.logprobs += event.logprobs
             if event.text:
                 (self.thinking if event.thinking else self.text).append(event.text)
@@ -220,6 +224,7 @@ class Entry:
             prompt_ids=self.prompt_ids or [],
             emitted=self.emitted,
             cached_tokens=self.cached or 0,
+            thinking_tokens=self.thinking_tokens,
             total_ns=max(total, load + prompt + evaluation),
             load_ns=load,
             prompt_ns=prompt,

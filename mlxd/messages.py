@@ -366,11 +366,12 @@ class Done(Struct, tag="done", kw_only=True):
 
 
 class Failed(Struct, tag="failed"):
-    """The job cannot be done. `status` is the HTTP status that fits; `message` a sentence for the client."""
+    """The job cannot be done. `status` is the HTTP status that fits; `message` a sentence for the client, `code` a word for programs."""
 
     job: int
     status: int
     message: str
+    code: str | None = None
 
 
 class Pulse(Struct, tag="pulse"):

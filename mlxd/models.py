@@ -43,6 +43,8 @@ class Model(Struct, frozen=True):
     context_length: int
     embedding_length: int
     thinks: bool
+    calls: bool = False
+    inserts: bool = False
 
     @property
     def builtin(self) -> bool:

@@ -323,7 +323,7 @@ class Pool:
                     while True:
                         event = await job.get()
                         if isinstance(event, Failed):
-                            raise Refused(event.status, event.message, hopeless=event.status < 500)
+                            raise Refused(event.status, event.message, code=event.code, hopeless=event.status < 500)
                         entry.note(event)
                         if on_trial and entry.progressed:
                             on_trial = False

@@ -22,7 +22,7 @@ from starlette.routing import Route, Router
 
 import mlxd
 from mlxd import guard, health
-from mlxd.api import ollama, openai
+from mlxd.api import ollama, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
 from mlxd.config import Config
@@ -67,6 +67,10 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/v1/models", openai.models),
     ("GET", "/v1/models/{id:path}", openai.model),
     ("POST", "/v1/chat/completions", openai.chat),
+    ("POST", "/v1/completions", openai.complete),
+    ("POST", "/v1/responses", responses.create),
+    ("GET", "/v1/responses/{id}", responses.retrieve),
+    ("DELETE", "/v1/responses/{id}", responses.delete),
     ("GET", "/health", health.report),
     ("GET", "/health/live", health.live),
     ("GET", "/health/ready", health.ready),

@@ -29,10 +29,10 @@ StopStrings = Annotated[list[StopString], Meta(max_length=16)] | StopString
 
 
 class Malformed(Refused):
-    """A field is wrong. `path`: dotted, "" for the body as a whole; `sentence`: what is wrong, without the name."""
+    """A field is wrong. `path`: dotted, "" for the body as a whole; `sentence`: what is wrong, without the name; `code`: see Refused."""
 
-    def __init__(self, path: str, sentence: str):
-        super().__init__(400, f"{path}: {sentence}" if path else sentence)
+    def __init__(self, path: str, sentence: str, code: str | None = None):
+        super().__init__(400, f"{path}: {sentence}" if path else sentence, code=code)
         self.path = path
         self.sentence = sentence
 
@@ -44,7 +44,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        sentence, _, path = str(error).partition(" - at `$")
+        sentence, _, path = str(error).replace(" - at `key` in `$", " of its keys - at `$").partition(" - at `$")
         path = path.rstrip("`").replace("[...]", "[]").lstrip(".")
         raise Malformed(path, plain(sentence)) from None
     except RecursionError:

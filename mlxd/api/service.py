@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from mlxd import guard
 from mlxd.admission import Admission, Priority
 from mlxd.api.exchange import Exchange, Filler
+from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
 from mlxd.journal import Answered, Entry, Journal, Request
@@ -72,6 +73,7 @@ class Service:
         self.catalogue = Catalogue(config.models.dir)
         self.admission = Admission(server.max_concurrent, server.max_queue, server.queue_wait_s)
         self.journal = Journal(server.poison_s)
+        self.store = Store()
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
         self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
         self.exchanges: set[Exchange] = set()
@@ -196,6 +198,7 @@ class Service:
                         await tickets[choice].admitted()
                         exchange.filler = filler
                         await self.follow(engine, choice, entries[choice], tell)
+                        tickets[choice].leave()  # to another choice, perhaps, that has no slot yet
 
                     await together([go(choice) for choice in range(len(entries))])
         except TimeoutError:

@@ -195,7 +195,7 @@ class Service:
                 self.overdue(message)
                 return
             except Refused as refused:
-                self.fail(job, refused.status, refused.message)
+                self.fail(job, refused.status, refused.message, refused.code)
             except Exception as error:  # a tokenizer's own: it concerns this request alone
                 log.exception("job %d has no prompt", job.submit.job)
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
@@ -283,10 +283,10 @@ class Service:
         del job.connection.jobs[job.submit.job]
         self.end(job)
 
-    def fail(self, job: Job, status: int, message: str) -> None:
+    def fail(self, job: Job, status: int, message: str, code: str | None = None) -> None:
         if job.ended:
             return
-        job.tell(Failed(job.submit.job, status, message))
+        job.tell(Failed(job.submit.job, status, message, code))
         del job.connection.jobs[job.submit.job]
         self.end(job)
 

@@ -62,7 +62,7 @@ class Prompter:
                 raise Refused(400, f"{token} is not a token of this model, whose tokens are 0 to {self.vocabulary_size - 1}")
         room = context - len(ids)
         if room < 1:
-            raise too_long(len(ids), context)
+            raise too_long(f"{len(ids)} tokens", context)
         most = room if submit.max_tokens is None else min(room, submit.max_tokens)
         continued = submit.continued if submit.prompt_ids is not None else not submit.messages or is_begun(submit.messages)
         return Prompt(ids, self.is_thinking(ids), continued, most)
@@ -102,10 +102,7 @@ class Prompter:
 
     def check_bytes(self, text: str, context: int) -> None:
         if len(text.encode()) > context * BYTES_PER_TOKEN:
-            raise Refused(
-                400,
-                f"input length ({len(text.encode())} bytes) exceeds the model's maximum context length ({context} tokens)",
-            )
+            raise too_long(f"{len(text.encode())} bytes", context)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=special))
@@ -153,8 +150,9 @@ class Prompter:
         return str(apply(messages[:-1], **options)) + begun
 
 
-def too_long(length: int, context: int) -> Refused:
-    return Refused(400, f"input length ({length} tokens) exceeds the model's maximum context length ({context} tokens)")
+def too_long(length: str, context: int) -> Refused:
+    message = f"input length ({length}) exceeds the model's maximum context length ({context} tokens)"
+    return Refused(400, message, code="context_length_exceeded")  # OpenAI's word: clients shorten what they send
 
 
 # --- forms of a history ----------------------------------------------------------------------------------------------------
@@ -272,5 +270,5 @@ def truncated(render: Callable[[int], list[int] | None], left: list[int], contex
         ids = render(len(left) - 1)
         fits = ids if ids is not None and len(ids) < context else None
     if fits is None:
-        raise too_long(len(ids or []) or context, context)
+        raise too_long(f"{len(ids or []) or context} tokens", context)
     return fits
