@@ -13,7 +13,7 @@ import httpx
 import pytest
 from server_client import Supervised, supervised
 
-MODELS = ("tiny", "thinker", "refused", "Org/Nested")
+MODELS = ("tiny", "thinker", "caller", "filler", "refused", "Org/Nested")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,8 @@ def test_options_reach_the_engine(client: httpx.Client) -> None:
         "stop": ["a", ""],
     }
     got = echoed(client, options=options, truncate=False)
-    assert got["sampling"] == {"seed": 42, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}
+    sampling = {"seed": 42, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}
+    assert got["sampling"].items() >= sampling.items()
     assert (got["max_tokens"], got["num_ctx"], got["stop"], got["truncate"]) == (9, 128, ["a"], False)
 
 
@@ -273,14 +274,24 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"options": {"temperature": -1}}, 400, 'option "temperature": expected number >= 0'),
     ({"options": {"top_p": 1.5}}, 400, 'option "top_p"'),
     ({"options": {"seed": 2**60}}, 400, 'option "seed"'),
-    ({"options": {"repeat_penalty": 1.1}}, 400, 'option "repeat_penalty" is not supported'),
-    ({"options": {"presence_penalty": 0.5}}, 400, 'option "presence_penalty" is not supported'),
+    ({"options": {"typical_p": 0.5}}, 400, 'option "typical_p" is not supported'),
+    ({"options": {"repeat_penalty": -1}}, 400, 'option "repeat_penalty": expected number >= 0'),
+    ({"options": {"repeat_penalty": "a"}}, 400, 'option "repeat_penalty" must be of type float32'),
+    ({"options": {"repeat_last_n": -2}}, 400, 'option "repeat_last_n"'),
+    ({"options": {"repeat_last_n": 1.5}}, 400, 'option "repeat_last_n" must be of type int'),
+    ({"options": {"presence_penalty": 2.5}}, 400, 'option "presence_penalty": expected number <= 2'),
+    ({"options": {"frequency_penalty": -3}}, 400, 'option "frequency_penalty": expected number >= -2'),
     ({"options": []}, 400, "options: expected object"),
-    ({"format": "json"}, 400, "format"),
-    ({"format": {"type": "object"}}, 400, "format"),
-    ({"format": "xml"}, 400, "format"),
+    ({"format": "xml"}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": 5}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": []}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": {"a": "x" * 2**20}}, 400, "format: more than 1048576 bytes"),
+    ({"format": json.loads('{"a":' * 70 + "1" + "}" * 70)}, 400, "format: nested more than 64 deep"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tiny does not support tools"),
     ({"tools": ["f"]}, 400, "tools[0]: expected object"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0]: object missing required field function"),
+    ({"tools": [{"function": {"name": ""}}]}, 400, "tools[0].function.name: expected string of length >= 1"),
+    ({"tools": [{"function": {"name": "f", "parameters": "x"}}]}, 400, "tools[0].function.parameters: expected object"),
     ({"tools": {}}, 400, "tools: expected array"),
     ({"tools": {}, "messages": []}, 400, "tools: expected array"),
     ({"tools": [{"n": "x" * 2**20}]}, 400, "tools: more than 1048576 bytes"),
@@ -288,8 +299,10 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"think": "low"}, 400, '"tiny" does not support thinking'),
     ({"think": "very"}, 400, "think"),
     ({"think": 1}, 400, "think"),
-    ({"logprobs": True}, 400, "logprobs"),
-    ({"top_logprobs": 21}, 400, "top_logprobs"),
+    ({"logprobs": 1}, 400, "logprobs: expected bool"),
+    ({"top_logprobs": 21}, 400, "top_logprobs: expected int <= 20"),
+    ({"top_logprobs": 1.5, "logprobs": True}, 400, "top_logprobs: expected an integer, got 1.5"),
+    ({"shift": "no"}, 400, "shift: expected bool"),
     ({"stream": "yes"}, 400, "stream: expected bool"),
 ]
 
@@ -314,7 +327,12 @@ def test_bad_input_is_refused_in_ollamas_shape_also_when_streaming(
         ({"raw": True, "system": "s"}, "raw mode does not support template, system, or context"),
         ({"raw": True, "context": [1]}, "raw mode does not support template, system, or context"),
         ({"prompt": 5}, "prompt: expected string"),
+        ({"raw": True, "template": "t"}, "raw mode does not support template, system, or context"),
+        ({"model": "filler", "suffix": "x", "system": "s"}, "suffix: what stands between two texts has neither system nor context"),
+        ({"images": "aGk="}, "images: expected array"),
+        ({"format": "xml"}, 'format: must be "json" or a JSON schema'),
         ({"context": ["a"]}, "context[0]: expected int"),
+        ({"context": [-1]}, "context[0]: expected int >= 0"),
     ],
 )
 def test_bad_input_of_generate_is_refused(client: httpx.Client, change: dict[str, Any], sentence: str) -> None:

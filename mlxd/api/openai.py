@@ -167,19 +167,20 @@ def request(call: Chat, model: Model, service: Service) -> Request:
     most = whole("max_tokens", call.max_tokens)
     most = most if call.max_completion_tokens is None else whole("max_completion_tokens", call.max_completion_tokens)
     drawn = whole("seed", call.seed)
+    top_k = whole("top_k", call.top_k)
     return Request(
         model=model,
-        sampling=Sampling(
-            seed=secrets.randbits(63) if drawn is None else drawn % 2**63,
-            temperature=1.0 if call.temperature is None else call.temperature,
-            top_k=max(0, whole("top_k", call.top_k) or 0),
-            top_p=1.0 if call.top_p is None else call.top_p,
-            min_p=call.min_p or 0.0,
+        sampling=model.sampling(
+            Sampling(seed=secrets.randbits(63), temperature=1.0),
+            seed=None if drawn is None else drawn % 2**63,
+            temperature=call.temperature,
+            top_k=None if top_k is None else max(0, top_k),
+            top_p=call.top_p,
+            min_p=call.min_p,
         ),
         messages=conversation(call.messages or []),
         think=think(call, model),
         max_tokens=most,
-        num_ctx=service.config.models.context_length or None,
         stop=fields.strings(call.stop),
     )
 
