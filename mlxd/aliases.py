@@ -78,7 +78,7 @@ class Alias(Struct, frozen=True, omit_defaults=True):
     def settings(self) -> bytes:
         """Equal for two aliases that differ in name, base and age alone; b"{}" of a mere name."""
         fields = msgspec.to_builtins(self)
-        return msgspec.json.encode({key: fields[key] for key in fields if key not in ("name", "base", "modified_at")})
+        return msgspec.json.encode({key: fields[key] for key in SETTINGS if fields.get(key)})
 
     def begin(self, messages: list[Message], continued: bool) -> list[Message]:
         """A conversation under this name: a system text of its own counts in place of the alias's. `continued`: earlier tokens precede it,
@@ -86,6 +86,9 @@ class Alias(Struct, frozen=True, omit_defaults=True):
         first = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
         system = [{"role": "system", "content": self.system}] if self.system and not first else []
         return [*messages[:first], *system, *([] if continued else self.messages), *messages[first:]]
+
+
+SETTINGS = ("system", "parameters", "messages", "template", "license")
 
 
 class Aliases:

@@ -487,11 +487,11 @@ async def tags(service: Service, exchange: Exchange) -> None:
 async def ps(service: Service, exchange: Exchange) -> None:
     """What is loaded, the longest-lived first; under every name that it answers to."""
     named = [model for model in await service.models() if model.alias]
-    entries = [
-        described(model) | lifetime(service, engine)
-        for engine in sorted(service.pool.loaded(), key=lambda engine: -engine.expires_at)
-        for model in [engine.model, *(model for model in named if model.weights.name == engine.model.name)]
-    ]
+    entries = []
+    for engine in sorted(service.pool.loaded(), key=lambda engine: -engine.expires_at):
+        until = lifetime(service, engine)
+        names = [engine.model, *(model for model in named if model.weights.name == engine.model.name)]
+        entries += [described(model) | until for model in names]
     await exchange.reply(200, encode({"models": entries}))
 
 

@@ -67,7 +67,7 @@ async def copy(service: Service, exchange: Exchange) -> None:
     call = parse(copies, await exchange.body())
     source, destination = checked("source", call.source), checked("destination", call.destination)
     if source.lower() == destination.lower():
-        await service.find(source)
+        await service.find(call.source or "")
     else:
         await asyncio.to_thread(service.catalogue.define, destination, call.source or "")
     await exchange.reply(200, b"")
