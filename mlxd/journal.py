@@ -59,10 +59,23 @@ class Request(Struct, kw_only=True):
     keep_alive_s: float | None = None
     priority: Priority = Priority.NORMAL
 
+    def settle(self, context_length: int) -> None:
+        """What the client left open its model's alias says, and the configuration (`context_length`; 0: nothing)."""
+        if self.model.alias is not None:
+            said = self.model.alias.parameters
+            if self.messages is not None:
+                self.messages = self.model.alias.begin(self.messages, bool(self.context_ids))
+            self.stop = self.stop or said.stop or []
+            self.num_ctx = self.num_ctx or said.num_ctx
+            if self.max_tokens is None and said.num_predict and said.num_predict > 0:
+                self.max_tokens = said.num_predict
+        self.num_ctx = self.num_ctx or context_length or None
+
     def fingerprint(self) -> bytes:
         """Of what was asked, not of how the answer is drawn."""
         asked = [getattr(self, name) for name in self.__struct_fields__ if name not in NOT_ASKED]
-        return hashlib.blake2b(msgspec.json.encode([self.model.name, self.model.digest, *asked]), digest_size=16).digest()
+        weights = self.model.weights
+        return hashlib.blake2b(msgspec.json.encode([weights.name, weights.digest, *asked]), digest_size=16).digest()
 
 
 class Summary(Struct, kw_only=True):

@@ -94,8 +94,8 @@ class Link:
 class ChildSettings(msgspec.Struct, kw_only=True):
     """What the supervisor tells a child in the environment: MLXD_CHILD, one JSON object. Paths are absolute.
 
-    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor), an engine `socket` (where it
-    listens) and `view` (the directory it makes for its private view of a model's files).
+    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and `aliases` (its file of them), an
+    engine `socket` (where it listens) and `view` (the directory it makes for its private view of a model's files).
     """
 
     config: Config
@@ -105,6 +105,7 @@ class ChildSettings(msgspec.Struct, kw_only=True):
     log: str
     stack: str
     listen_fds: list[int] = []
+    aliases: str = ""
     socket: str = ""
     view: str = ""
 

@@ -9,16 +9,22 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 import mlxd
+from mlxd import abilities
+from mlxd.aliases import Alias, Aliases, Parameters
 from mlxd.errors import Refused
-from mlxd.modelfiles import MAX_JSON_BYTES, Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.messages import Sampling
+from mlxd.modelfiles import Broken, check_tokenizer, read_json, read_weights, refuse_code
 
 BUILTIN = "mlxd-tiny:latest"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
@@ -28,9 +34,15 @@ NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U32": 32, "U8": 8, "BOOL": 8}
 
 
+#: A model's directory may tell its license, in one of these.
+LICENSES = ("license", "license.txt", "license.md")
+MAX_LICENSE_BYTES = 64 * 1024
+
+
 class Model(Struct, frozen=True):
     """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits
-    over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say."""
+    over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say. `thinks`, `calls` functions, `inserts`
+    text before other text: what it can do. `alias`, `base`: under a name that is not its own, that and the model itself."""
 
     name: str
     directory: Path
@@ -45,10 +57,30 @@ class Model(Struct, frozen=True):
     thinks: bool
     calls: bool = False
     inserts: bool = False
+    alias: Alias | None = None
+    base: Model | None = None
+
+    @property
+    def weights(self) -> Model:
+        """The model whose files these are, under its own name."""
+        return self.base or self
 
     @property
     def builtin(self) -> bool:
-        return self.name == BUILTIN
+        return self.weights.name == BUILTIN
+
+    def called(self, alias: Alias) -> Model:
+        """The same under another name. A mere name has the model's own digest: clients tell copies by that."""
+        settings = alias.settings()
+        digest = self.digest if settings == b"{}" else hashlib.sha256(self.digest.encode() + settings).hexdigest()
+        return msgspec.structs.replace(self, name=alias.name, digest=digest, modified_at=alias.modified_at, alias=alias, base=self)
+
+    def sampling(self, usual: Sampling, **asked: float | None) -> Sampling:
+        """How an answer is drawn: as asked, by the names of messages.Sampling; what is None there as the alias says, else as usual. A
+        negative seed is the usual one."""
+        said = self.alias.parameters.sampling() if self.alias else {}
+        drawn = msgspec.structs.replace(usual, **said | {name: value for name, value in asked.items() if value is not None})
+        return drawn if drawn.seed >= 0 else msgspec.structs.replace(drawn, seed=usual.seed)
 
     @property
     def parameter_size(self) -> str:
@@ -68,42 +100,87 @@ def canonical(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + ":latest"
 
 
-class Catalogue:
-    """The models on this machine, by name. Looking is cheap: a directory is read again only when it has changed.
+class Place(NamedTuple):
+    """Where a model lies, whole or broken."""
 
-    `scan` may be called in any thread; a `find` that hits does one stat.
+    name: str
+    directory: Path
+
+
+class Catalogue:
+    """The models on this machine, by name. Looking is cheap: a directory is read again only when it has changed. A model's own name comes
+    before an alias; an alias without its model is not there, and is again when the model is.
+
+    `known` does one stat, or two; the rest looks at many files, and may be called in any thread.
     """
 
-    def __init__(self, root: str, environ: Mapping[str, str] = os.environ):
+    def __init__(self, root: str, environ: Mapping[str, str] = os.environ, aliases: Aliases | None = None):
         self.root = Path(root).expanduser()
-        self.hub = hub_directory(environ)
+        self.hub = hub_directory(environ).absolute()
+        self.aliases = aliases or Aliases()
         self.found: dict[str, Model] = {}
-        self.broken: dict[str, str] = {}
+        self.broken: dict[str, tuple[Place, str]] = {}
         self.seen: dict[Path, tuple[object, Model | str]] = {}
         self.lock = threading.Lock()
 
     def known(self, name: str) -> Model | None:
-        """The model called so, if it was there at the last scan and its directory has not changed since. Raises Refused (400)."""
-        model = self.found.get(canonical(name).lower())
+        """The model called so, if it was there at the last scan and nothing has changed since. Raises Refused (400)."""
+        key = canonical(name).lower()
+        alias = None if key in self.found else self.aliases.known(key)
+        model = self.found.get(alias.base.lower() if alias else key)
         if model is None or self.seen.get(model.directory, (None,))[0] != stamp(model.directory):
             return None
-        return model
+        return model.called(alias) if alias else model
 
     def find(self, name: str) -> Model:
         """The model called so, looking anew. Raises Refused: 404 unknown, 400 malformed, broken, or with code of its own."""
         key = canonical(name).lower()
         self.scan()
+        known = key in self.found or key in self.broken
+        alias = None if known else self.aliases.all().get(key)
+        target = alias.base.lower() if alias else key
+        if target in self.found:
+            return self.found[target].called(alias) if alias else self.found[target]
+        if target in self.broken:
+            raise Refused(400, f"model '{name}' cannot be loaded: {self.broken[target][1]}")
+        raise unknown(name)
+
+    def define(self, name: str, source: str, parameters: Parameters | None = None, **said: Any) -> Model:
+        """Call the model or alias `source` by another name, too; `said`, fields of Alias, counts over what is said under `source`. Raises
+        Refused."""
+        called = canonical(name)
+        model = self.find(source)
+        if called.lower() in self.found or called.lower() in self.broken:
+            raise Refused(400, f"{called} is the name of a model, not of an alias: delete that first, or choose another name")
+        alias = model.alias or Alias(called, model.name, 0.0)
+        said["parameters"] = (parameters or Parameters()).over(alias.parameters)
+        alias = msgspec.structs.replace(alias, name=called, modified_at=time.time(), **said)
+        self.aliases.put(alias)
+        return model.weights.called(alias)
+
+    def place(self, name: str) -> Place | None:
+        """Where the model called so lies; None: it is an alias, or nothing. Raises Refused (400)."""
+        key = canonical(name).lower()
+        self.scan()
         if key in self.found:
-            return self.found[key]
-        if key in self.broken:
-            raise Refused(400, f"model '{name}' cannot be loaded: {self.broken[key]}")
-        raise Refused(404, f"model '{name}' not found", code="model_not_found")
+            return Place(self.found[key].name, self.found[key].directory)
+        return self.broken[key][0] if key in self.broken else None
+
+    def delete(self, place: Place) -> None:
+        """Its files, for good. Raises Refused."""
+        try:
+            if self.hub in place.directory.parents:
+                remove_from_hub(self.hub, place.directory.parent.parent)
+            else:
+                remove_directory(self.root, place.directory)
+        except OSError as error:
+            raise Refused(500, f"{place.name} cannot be deleted: {error.strerror}") from None
 
     def scan(self) -> list[Model]:
-        """All models, newest first."""
+        """All models and aliases, newest first."""
         with self.lock:
             found: dict[str, Model] = {}
-            broken: dict[str, str] = {}
+            broken: dict[str, tuple[Place, str]] = {}
             seen: dict[Path, tuple[object, Model | str]] = {}
             for name, directory in candidates(self.root, self.hub):
                 key = name.lower()
@@ -116,9 +193,39 @@ class Catalogue:
                     case Model() as model:
                         found[key] = model
                     case str() as why:
-                        broken[key] = why
+                        broken[key] = Place(name, directory), why
             self.found, self.broken, self.seen = found, broken, seen
-            return sorted(found.values(), key=lambda model: -model.modified_at)
+        named = [
+            found[alias.base.lower()].called(alias)
+            for key, alias in self.aliases.all().items()
+            if alias.base.lower() in found and key not in found and key not in broken
+        ]
+        return sorted([*found.values(), *named], key=lambda model: -model.modified_at)
+
+
+def unknown(name: str) -> Refused:
+    return Refused(404, f"model '{name}' not found", code="model_not_found")
+
+
+def remove_directory(root: Path, directory: Path) -> None:
+    """Of a link, the link alone. Raises Refused, OSError."""
+    if not directory.parent.resolve().is_relative_to(root.resolve()):
+        raise Refused(400, f"{directory.name} lies outside the models directory: remove it yourself")
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory)
+
+
+def remove_from_hub(hub: Path, repository: Path) -> None:
+    """A repository with all its revisions. Raises Refused, OSError."""
+    from huggingface_hub import scan_cache_dir  # 0.3 s, and hardly anybody deletes
+
+    cache = scan_cache_dir(hub)
+    found = [repo for repo in cache.repos if repo.repo_path == repository.resolve()]
+    if not found:
+        raise Refused(400, f"{repository.name} in the Hugging Face cache is damaged: remove it yourself")
+    cache.delete_revisions(*(revision.commit_hash for revision in found[0].revisions)).execute()
 
 
 def hub_directory(environ: Mapping[str, str]) -> Path:
@@ -209,6 +316,8 @@ def read_model(name: str, directory: Path) -> Model:
     stats = [path.stat() for path in files]
     nested = config.get("text_config")  # of models that see or hear
     text = nested if isinstance(nested, dict) else config
+    tokenizer = settings.get("tokenizer_config.json", {})
+    vocabulary = abilities.read_vocabulary(directory, tokenizer)
     identity = [(path.name, found.st_size, found.st_mtime_ns) for path, found in zip(files, stats, strict=True)]
     return Model(
         name=name,
@@ -221,21 +330,30 @@ def read_model(name: str, directory: Path) -> Model:
         quantization=quantization(tensors, quantized_bits(config)),
         context_length=whole(text.get("max_position_embeddings")),
         embedding_length=whole(text.get("hidden_size")),
-        thinks=thinks(directory, settings.get("tokenizer_config.json", {})),
+        thinks=abilities.thinks(vocabulary),
+        calls=abilities.calls(str(config.get("model_type")), tokenizer, abilities.read_templates(directory), vocabulary),
+        inserts=abilities.inserts(vocabulary),
     )
 
 
 def chat_template(directory: Path) -> str:
     """The template's text, "" without one; the default one of several. Raises Broken, OSError."""
-    file = directory / "chat_template.jinja"
-    if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES:
-        return file.read_text(encoding="utf-8", errors="replace")
-    config = directory / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
+    found = abilities.read_templates(directory)
+    return found if isinstance(found, str) else found.get("default", "")
+
+
+def license_text(directory: Path) -> str:
+    """ "" without one. Raises OSError."""
+    for path in sorted(directory.iterdir()):
+        if path.name.lower() in LICENSES and path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                return file.read(MAX_LICENSE_BYTES)
+    return ""
+
+
+def read_tensors(directory: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape by name. Raises Broken, OSError."""
+    return read_weights(directory, {path.name for path in directory.iterdir()})
 
 
 def whole(value: object) -> int:
@@ -268,16 +386,3 @@ def quantization(tensors: Mapping[str, tuple[str, list[int]]], bits: int) -> str
     for dtype, shape in tensors.values():
         held[dtype] = held.get(dtype, 0) + math.prod(shape) * DTYPE_BITS.get(dtype, 8)
     return max(held, key=held.__getitem__, default="unknown")
-
-
-def thinks(directory: Path, tokenizer_config: dict[str, Any]) -> bool:
-    """Its vocabulary has the tags that mlx-lm takes for thinking. tokenizer.json, of many MB, is read only when the settings list no
-    added tokens."""
-    added = tokenizer_config.get("added_tokens_decoder")
-    if isinstance(added, dict) and added:
-        return {"<think>", "</think>"} <= {str(token.get("content")) for token in added.values() if isinstance(token, dict)}
-    path = directory / "tokenizer.json"
-    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-        return False
-    text = path.read_bytes()
-    return b'"<think>"' in text and b'"</think>"' in text

@@ -53,6 +53,11 @@ class Paths:
         return self.home / "loading.json"
 
     @property
+    def aliases(self) -> Path:
+        """Other names of models; the server's."""
+        return self.home / "aliases.json"
+
+    @property
     def exits(self) -> Path:
         return self.home / "exits.jsonl"
 

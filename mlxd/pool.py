@@ -224,7 +224,7 @@ class Engine:
     @property
     def expires_at(self) -> float:
         """On the loop's clock; infinity: never."""
-        return math.inf if self.preloaded else self.used_at + self.keep_alive_s
+        return self.used_at + self.keep_alive_s
 
 
 class Pool:
@@ -265,7 +265,8 @@ class Pool:
         """The engine of `model`, not idle meanwhile, whatever its state. `keep_alive_s` None: as before; 0: released afterwards."""
         engine = self.engine(model)
         if engine.users == 0 and engine.state in ("absent", "releasing"):
-            engine.keep_alive_s = self.keep_alive_s  # what was said of an earlier engine is over
+            # What was said of an earlier engine is over.
+            engine.keep_alive_s = math.inf if engine.preloaded else self.keep_alive_s
         engine.users += 1
         if keep_alive_s is not None:
             engine.keep_alive_s = keep_alive_s
@@ -363,7 +364,9 @@ class Pool:
     # --- loading and releasing ------------------------------------------------------------------------------------------------
 
     def engine(self, model: Model) -> Engine:
-        """Also when its files have changed: then it is another model of the same name, for the next load."""
+        """The same whatever name it is called by. Also when its files have changed: then it is another model of the same name, for the next
+        load."""
+        model = model.weights
         engine = self.engines.setdefault(model.name, Engine(model, self.keep_alive_s, now()))
         engine.model = model
         return engine
@@ -371,6 +374,7 @@ class Pool:
     def preload(self, model: Model) -> None:
         engine = self.engine(model)
         engine.preloaded = True
+        engine.keep_alive_s = math.inf
         if engine.state == "absent":
             self.want(engine, automatic=True)
 
@@ -393,6 +397,20 @@ class Pool:
         except TimeoutError:
             self.turn(engine, engine.state)  # no room is being made any more
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
+
+    async def retire(self, name: str, patience_s: float) -> None:
+        """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `patience_s`."""
+        engine = self.engines.get(name)
+        try:
+            async with asyncio.timeout(patience_s):
+                while engine is not None and engine.state != "absent":
+                    if engine.idle:
+                        self.release(engine)
+                    else:
+                        self.left.clear()
+                        await self.left.wait()
+        except TimeoutError:
+            raise Refused(503, f"{name} is busy; please try again", code="busy", retry_s=5) from None
 
     def in_the_way(self, model: Model) -> list[Engine]:
         """The engines of which one has to go before `model` is loaded; none when there is room."""

@@ -22,7 +22,7 @@ from starlette.routing import Route, Router
 
 import mlxd
 from mlxd import guard, health
-from mlxd.api import ollama, openai, responses
+from mlxd.api import ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
 from mlxd.config import Config
@@ -64,6 +64,13 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("POST", "/api/show", ollama.show),
     ("POST", "/api/generate", ollama.generate),
     ("POST", "/api/chat", ollama.chat),
+    ("POST", "/api/copy", ollama_store.copy),
+    ("POST", "/api/create", ollama_store.create),
+    ("DELETE", "/api/delete", ollama_store.delete),
+    ("POST", "/api/pull", ollama_store.pull),
+    ("POST", "/api/push", ollama_store.push),
+    ("HEAD", "/api/blobs/{digest}", ollama_store.blob),
+    ("POST", "/api/blobs/{digest}", ollama_store.blob),
     ("GET", "/v1/models", openai.models),
     ("GET", "/v1/models/{id:path}", openai.model),
     ("POST", "/v1/chat/completions", openai.chat),
@@ -198,7 +205,7 @@ class Process:
     def __init__(self, settings: ChildSettings, link: Link):
         self.settings = settings
         self.link = link
-        self.service = Service(settings.config, link.send, settings.nonce)
+        self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),

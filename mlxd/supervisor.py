@@ -335,6 +335,7 @@ class Supervisor:
             log=str(self.paths.log(one.name)),
             stack=str(self.paths.dump(one.name)),
             listen_fds=[s.fileno() for s in self.port.sockets] if one.kind == "server" else [],
+            aliases=str(self.paths.aliases) if one.kind == "server" else "",
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )

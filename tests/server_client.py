@@ -43,14 +43,22 @@ def until(what: str, look: Callable[[], Any], history: Callable[[], str] = lambd
         time.sleep(0.01)
 
 
-def make_model(directory: Path, config: dict[str, Any] | None = None, thinks: bool = False) -> Path:
+TOOL_TEMPLATE = "{% if tools %}<tool_call>{{ tool_call.name }}{% endif %}"
+FILLING = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+def make_model(
+    directory: Path, config: dict[str, Any] | None = None, thinks: bool = False, calls: bool = False, inserts: bool = False
+) -> Path:
     """Something that looks like a model of 64 parameters."""
     directory.mkdir(parents=True)
     header = json.dumps({"w": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}).encode()
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(256))
     (directory / "config.json").write_text(json.dumps({"model_type": "fake", "max_position_embeddings": 4096} | (config or {})))
-    tags = [{"content": "<think>"}, {"content": "</think>"}] if thinks else []
-    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": tags}))
+    tags = (("<think>", "</think>") if thinks else ()) + (FILLING if inserts else ())
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": tag} for tag in tags]}))
+    if calls:
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TOOL_TEMPLATE}))
     return directory
 
 
@@ -179,6 +187,7 @@ class Supervised:
         link, theirs = socket.socketpair()
         listen = [sock.fileno() for sock in self.listeners]
         settings = {"config": self.config, "link_fd": theirs.fileno(), "slot": 0, "nonce": "n0nce", "listen_fds": listen}
+        settings |= {"aliases": str(self.home / "aliases.json")}
         settings |= {"log": str(self.home / "server.log"), "stack": str(self.home / "server.stack")}
         environment = os.environ | {"MLXD_CHILD": msgspec.json.encode(settings).decode(), "HF_HUB_CACHE": str(self.home / "hub")}
         with open(self.home / "server.log", "ab") as log:
@@ -368,9 +377,9 @@ def listener(family: int, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def supervised(home: Path, names: tuple[str, ...] = ("tiny",), **settings: dict[str, Any]) -> Iterator[Supervised]:
-    """A server with models of these names ("think" in one: it can); `settings`: sections of the configuration."""
+    """A server with models of these names ("think", "call", "fill" in one: it can); `settings`: sections of the configuration."""
     for name in names:
-        make_model(home / "models" / name, thinks="think" in name)
+        make_model(home / "models" / name, thinks="think" in name, calls="call" in name, inserts="fill" in name)
     tree = {"models": {"dir": str(home / "models"), "preload": []}}
     for section, keys in settings.items():
         tree[section] = tree.get(section, {}) | keys

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from server_client import Supervised, supervised
+from server_client import Supervised, supervised, until
 
-MODELS = ("tiny", "thinker", "refused", "Org/Nested")
+MODELS = ("tiny", "thinker", "caller", "filler", "refused", "Org/Nested")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,75 @@ def test_a_cut_answer_says_length(client: httpx.Client) -> None:
     assert (end["done_reason"], end["eval_count"]) == ("length", 4)
 
 
+# --- tools, formats, log-probabilities -----------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": ["string", "null"]}}, "$defs": {"a": {"anyOf": [{}]}}},
+    },
+}
+
+
+def test_tools_reach_the_engine_and_none_are_none(client: httpx.Client) -> None:
+    bare = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}, "new": 1}
+    got = echoed(client, model="caller", tools=[WEATHER, bare, {"function": {"name": "g", "parameters": None}}])
+    assert got["tools"] == [
+        WEATHER,
+        {"type": "function", "function": {"name": "f", "parameters": {}}},
+        {"type": "function", "function": {"name": "g"}},
+    ]
+    for none in ([], None):
+        assert echoed(client, tools=none)["tools"] is None
+
+
+def test_a_call_comes_whole_in_a_line_of_its_own_and_its_arguments_are_an_object(client: httpx.Client) -> None:
+    call = chat("n=2 call=get_weather,get_time", model="caller", tools=[WEATHER])
+    lines = [json.loads(line) for line in client.post("/api/chat", json=call).text.splitlines()]
+    assert [line["message"]["content"] for line in lines] == ["w0 ", "w1 ", "", "", ""]
+    calls = [call for line in lines for call in line["message"].get("tool_calls", [])]
+    assert all(
+        line["message"]["role"] == "assistant" and list(line) == ["model", "created_at", "message", "done"] for line in lines[:-1]
+    )
+    assert [call["function"] for call in calls] == [
+        {"index": 0, "name": "get_weather", "arguments": {"city": "Paris"}},
+        {"index": 1, "name": "get_time", "arguments": {"city": "Paris"}},
+    ]
+    assert len({call["id"] for call in calls}) == 2
+    assert all(len(call["id"]) == len("call_") + 8 and call["id"].startswith("call_") for call in calls)
+    assert lines[-1]["done_reason"] == "stop"
+    whole = client.post("/api/chat", json=call | {"stream": False}).json()
+    assert whole["message"]["content"] == "w0 w1 "
+    assert [call["function"] for call in whole["message"]["tool_calls"]] == [call["function"] for call in calls]
+    assert whole["done_reason"] == "stop"
+
+
+def test_a_format_reaches_the_engine_as_it_was_written(client: httpx.Client) -> None:
+    assert echoed(client, format="")["format"] is None
+    assert echoed(client, format="json")["format"]["kind"] == "json"
+    schema = {"type": "object", "properties": {"z": {"const": 10**30}, "a": {}}, "required": ["z"]}
+    got = echoed(client, format=schema)["format"]
+    assert (got["kind"], json.loads(got["source"])) == ("json_schema", schema)
+    assert list(json.loads(got["source"])["properties"]) == ["z", "a"]
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_log_probabilities_come_with_their_tokens_and_whole(client: httpx.Client, path: str) -> None:
+    call = chat("n=2", prompt="n=2", logprobs=True, top_logprobs=2.0)
+    lines = [json.loads(line) for line in client.post(path, json=call).text.splitlines()]
+    told = [one for line in lines for one in line.get("logprobs", [])]
+    first = {"token": "w0 ", "logprob": -0.5, "bytes": [119, 48, 32]}
+    assert told[0] == first | {"top_logprobs": [first, first | {"token": "w0 1", "logprob": -1.5}]}
+    assert [one["token"] for one in told] == ["w0 ", "w1 "]
+    assert client.post(path, json=call | {"stream": False}).json()["logprobs"] == told
+    plain = client.post(path, json=call | {"stream": False, "top_logprobs": None}).json()["logprobs"]
+    assert plain[0] == first
+    for off in ({"logprobs": False}, {"logprobs": None}):
+        assert "logprobs" not in client.post(path, json=call | {"stream": False} | off).json()
+
+
 # --- load and unload -------------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +205,23 @@ def test_a_keep_alive_that_is_no_duration_is_a_400(client: httpx.Client, value: 
     assert answer.status_code == expected, answer.text
     if expected == 400:
         assert "keep_alive" in answer.json()["error"]
+
+
+def test_a_preloaded_model_stays_until_a_request_says_otherwise(home: Path) -> None:
+    with supervised(home, ("pre",), models={"preload": ["pre"], "keep_alive": "1m"}) as server, server.client() as client:
+
+        def expires_at() -> str:
+            return until("it", lambda: client.get("/api/ps").json()["models"])[0]["expires_at"]  # type: ignore[no-any-return]
+
+        assert expires_at().startswith("2318")
+        client.post("/api/chat", json={"model": "pre", "messages": [{"role": "user", "content": "n=1"}]})
+        assert expires_at().startswith("2318")
+        client.post("/api/generate", json={"model": "pre", "keep_alive": "5m"})
+        assert not expires_at().startswith("2318")
+        assert client.post("/api/generate", json={"model": "pre", "keep_alive": "0"}).json()["done_reason"] == "unload"
+        assert client.get("/api/ps").json() == {"models": []}
+        client.post("/api/generate", json={"model": "pre"})
+        assert not expires_at().startswith("2318")
 
 
 def test_ps_tells_when_a_model_goes_and_for_ever_is_a_date(client: httpx.Client) -> None:
@@ -178,8 +264,19 @@ def test_options_reach_the_engine(client: httpx.Client) -> None:
         "stop": ["a", ""],
     }
     got = echoed(client, options=options, truncate=False)
-    assert got["sampling"] == {"seed": 42, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}
+    sampling = {"seed": 42, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1}
+    assert got["sampling"].items() >= sampling.items()
     assert (got["max_tokens"], got["num_ctx"], got["stop"], got["truncate"]) == (9, 128, ["a"], False)
+
+
+def test_penalties_reach_the_engine(client: httpx.Client) -> None:
+    options = {"repeat_penalty": 1.1, "repeat_last_n": -1.0, "presence_penalty": 0.5, "frequency_penalty": -2}
+    sampling = echoed(client, options=options)["sampling"]
+    assert (sampling["repeat_penalty"], sampling["penalty_last_n"]) == (1.1, -1)
+    assert (sampling["presence_penalty"], sampling["frequency_penalty"], sampling["penalize_prompt"]) == (0.5, -2, True)
+    assert echoed(client, options={"repeat_last_n": 0})["sampling"]["penalty_last_n"] == 0
+    off = echoed(client, options={"repeat_penalty": 0, "typical_p": 0})["sampling"]
+    assert (off["repeat_penalty"], off["penalty_last_n"]) == (1.0, 64)
 
 
 def test_what_clients_send_for_off_is_off(client: httpx.Client) -> None:
@@ -229,6 +326,16 @@ def test_generate_builds_the_prompt_that_chat_builds_unless_raw(client: httpx.Cl
     assert sent()["messages"] == [{"role": "user", "content": "echo"}]
     assert sent(system="s")["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "echo"}]
     assert (sent(raw=True)["prompt"], sent(raw=True)["messages"]) == ("echo", None)
+    assert (sent(context=[5, 6])["context_ids"], sent(template="ignored")["prompt"]) == ([5, 6], None)
+    assert (sent(truncate=False)["truncate"], sent(truncate=True, shift=False)["truncate"]) == (False, True)
+
+
+def test_a_suffix_goes_with_the_bare_prompt_to_a_model_that_fills_in(client: httpx.Client) -> None:
+    call = {"model": "filler", "prompt": "echo", "suffix": "return", "stream": False}
+    for raw in (False, True):
+        got = json.loads(client.post("/api/generate", json=call | {"raw": raw}).json()["response"])
+        assert (got["prompt"], got["suffix"], got["messages"]) == ("echo", "return", None)
+    assert json.loads(client.post("/api/generate", json=call | {"suffix": ""}).json()["response"])["suffix"] is None
 
 
 def test_think_false_is_always_welcome(client: httpx.Client) -> None:
@@ -273,14 +380,24 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"options": {"temperature": -1}}, 400, 'option "temperature": expected number >= 0'),
     ({"options": {"top_p": 1.5}}, 400, 'option "top_p"'),
     ({"options": {"seed": 2**60}}, 400, 'option "seed"'),
-    ({"options": {"repeat_penalty": 1.1}}, 400, 'option "repeat_penalty" is not supported'),
-    ({"options": {"presence_penalty": 0.5}}, 400, 'option "presence_penalty" is not supported'),
+    ({"options": {"typical_p": 0.5}}, 400, 'option "typical_p" is not supported'),
+    ({"options": {"repeat_penalty": -1}}, 400, 'option "repeat_penalty": expected number >= 0'),
+    ({"options": {"repeat_penalty": "a"}}, 400, 'option "repeat_penalty" must be of type float32'),
+    ({"options": {"repeat_last_n": -2}}, 400, 'option "repeat_last_n"'),
+    ({"options": {"repeat_last_n": 1.5}}, 400, 'option "repeat_last_n" must be of type int'),
+    ({"options": {"presence_penalty": 2.5}}, 400, 'option "presence_penalty": expected number <= 2'),
+    ({"options": {"frequency_penalty": -3}}, 400, 'option "frequency_penalty": expected number >= -2'),
     ({"options": []}, 400, "options: expected object"),
-    ({"format": "json"}, 400, "format"),
-    ({"format": {"type": "object"}}, 400, "format"),
-    ({"format": "xml"}, 400, "format"),
+    ({"format": "xml"}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": 5}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": []}, 400, 'format: must be "json" or a JSON schema'),
+    ({"format": {"a": "x" * 2**20}}, 400, "format: more than 1048576 bytes"),
+    ({"format": json.loads('{"a":' * 70 + "1" + "}" * 70)}, 400, "format: nested more than 64 deep"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tiny does not support tools"),
     ({"tools": ["f"]}, 400, "tools[0]: expected object"),
+    ({"tools": [{"type": "function"}]}, 400, "tools[0]: object missing required field function"),
+    ({"tools": [{"function": {"name": ""}}]}, 400, "tools[0].function.name: expected string of length >= 1"),
+    ({"tools": [{"function": {"name": "f", "parameters": "x"}}]}, 400, "tools[0].function.parameters: expected object"),
     ({"tools": {}}, 400, "tools: expected array"),
     ({"tools": {}, "messages": []}, 400, "tools: expected array"),
     ({"tools": [{"n": "x" * 2**20}]}, 400, "tools: more than 1048576 bytes"),
@@ -288,8 +405,10 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"think": "low"}, 400, '"tiny" does not support thinking'),
     ({"think": "very"}, 400, "think"),
     ({"think": 1}, 400, "think"),
-    ({"logprobs": True}, 400, "logprobs"),
-    ({"top_logprobs": 21}, 400, "top_logprobs"),
+    ({"logprobs": 1}, 400, "logprobs: expected bool"),
+    ({"top_logprobs": 21}, 400, "top_logprobs: expected int <= 20"),
+    ({"top_logprobs": 1.5, "logprobs": True}, 400, "top_logprobs: expected an integer, got 1.5"),
+    ({"shift": "no"}, 400, "shift: expected bool"),
     ({"stream": "yes"}, 400, "stream: expected bool"),
 ]
 
@@ -314,7 +433,12 @@ def test_bad_input_is_refused_in_ollamas_shape_also_when_streaming(
         ({"raw": True, "system": "s"}, "raw mode does not support template, system, or context"),
         ({"raw": True, "context": [1]}, "raw mode does not support template, system, or context"),
         ({"prompt": 5}, "prompt: expected string"),
+        ({"raw": True, "template": "t"}, "raw mode does not support template, system, or context"),
+        ({"model": "filler", "suffix": "x", "system": "s"}, "suffix: what stands between two texts has neither system nor context"),
+        ({"images": "aGk="}, "images: expected array"),
+        ({"format": "xml"}, 'format: must be "json" or a JSON schema'),
         ({"context": ["a"]}, "context[0]: expected int"),
+        ({"context": [-1]}, "context[0]: expected int >= 0"),
     ],
 )
 def test_bad_input_of_generate_is_refused(client: httpx.Client, change: dict[str, Any], sentence: str) -> None:
@@ -395,6 +519,9 @@ def test_show_has_what_clients_cannot_do_without(client: httpx.Client, member: s
     assert (info["general.basename"], info["general.parameter_count"]) == ("thinker", 64)
     assert shown["modelfile"].startswith("FROM ")
     assert (shown["parameters"], shown["template"]) == ("", "")
+    assert not shown.keys() & {"license", "system", "messages", "projector_info"}
+    assert shown["tensors"] == [{"name": "w", "type": "F32", "shape": [8, 8]}]
+    assert "tensors" not in client.post("/api/show", json={member: "thinker"}).json()
     assert shown["capabilities"] == ["completion", "thinking"]
     assert shown["details"]["family"] == "fake"
     assert client.post("/api/show", json={}).json() == {"error": "model is required"}
@@ -403,6 +530,51 @@ def test_show_has_what_clients_cannot_do_without(client: httpx.Client, member: s
     if builtin.status_code == 200:
         assert "self-test" in builtin.json()["modelfile"]
         assert "{%" in builtin.json()["template"]
+
+
+def test_show_tells_what_a_model_can_and_its_license(client: httpx.Client, server: Supervised) -> None:
+    can = {name: client.post("/api/show", json={"model": name}).json()["capabilities"] for name in ("tiny", "caller", "filler")}
+    assert can == {"tiny": ["completion"], "caller": ["completion", "tools"], "filler": ["completion", "insert"]}
+    file = server.home / "models" / "caller" / "License.md"
+    file.write_text("Do as you like.")
+    shown = client.post("/api/show", json={"model": "caller"}).json()
+    assert (shown["license"], "tools" in shown["template"]) == ("Do as you like.", True)
+    file.unlink()
+
+
+def test_copilot_sees_the_name_that_it_asked_for(client: httpx.Client) -> None:
+    for agent, name in (("GitHubCopilotChat/0.27", "TINY:latest"), ("curl/8", "tiny")):
+        shown = client.post("/api/show", json={"model": "TINY:latest"}, headers={"user-agent": agent}).json()
+        assert shown["model_info"]["general.basename"] == name
+
+
+@pytest.mark.parametrize("path", ["/api/pull", "/api/push"])
+def test_pull_and_push_refuse_what_is_wrong_and_say_that_they_are_not_there(client: httpx.Client, path: str) -> None:
+    for body in (
+        {},
+        {"model": ""},
+        {"name": "a b"},
+        {"model": "../x"},
+        {"model": 5},
+        {"model": "x", "stream": 1},
+        {"insecure": "no"},
+    ):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, list(answer.json())) == (400, ["error"])
+    assert client.post(path, json={}).json() == {"error": "invalid model name"}
+    assert client.post(path, content=b"").json() == {"error": "missing request body"}
+    for body in ({"model": "org/new"}, {"name": "new:7b", "stream": False}):
+        answer = client.post(path, json=body)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (501, "false")
+        assert "mlxd does not push" in answer.text or "pulling models comes with a later version" in answer.text
+
+
+def test_blobs_are_not_there_and_a_malformed_digest_is_a_400(client: httpx.Client) -> None:
+    good = "sha256:" + "0123456789abcdef" * 4
+    for digest, status in ((good, 501), (good.replace(":", "-"), 501), ("sha256:00", 400), (good.upper(), 400), ("md5:1", 400)):
+        head, post = client.head(f"/api/blobs/{digest}"), client.post(f"/api/blobs/{digest}", content=b"x")
+        assert (head.status_code, head.content, post.status_code) == (status, b"", status)
+        assert "digest" in post.json()["error"] or "mlxd makes no models of blobs" in post.json()["error"]
 
 
 def test_the_builtin_model_says_what_it_is_for(client: httpx.Client) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from server_client import make_model
 
+from mlxd import abilities
 from mlxd.errors import Refused
 from mlxd.models import BUILTIN, Catalogue, canonical, chat_template, count_parameters, quantization
 
@@ -195,3 +200,87 @@ def test_quantization_is_the_dtype_that_holds_most() -> None:
     assert quantization(tensors, 0) == "BF16"
     assert count_parameters(tensors, 0) == 1010
     assert quantization({}, 0) == "unknown"
+
+
+# --- what a model can do -------------------------------------------------------------------------------------------------------------
+
+TOKENS = [
+    [],
+    ["<think>", "</think>"],
+    ["<think>"],
+    ["<longcat_think>", "</longcat_think>"],
+    ["<|think:start|>", "<|think:end|>"],
+    ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"],
+    ["<|open|>", "<|close|>", "<|sep|>"],
+    ["<|tool_call_start|>", "<|tool_call_end|>"],
+    ["<|tool_call_start|>"],
+]
+TEMPLATES = [
+    "",
+    *("".join(marks) for _, marks in abilities.TEMPLATE_PARSERS),
+    *(marks[0] for _, marks in abilities.TEMPLATE_PARSERS),
+    "<tool_call>{{ tool_call.arguments }}",
+    "<tool_call><arg_key>[TOOL_CALLS]tool_call.name",
+]
+
+
+@pytest.mark.parametrize("tokens", TOKENS, ids=lambda tokens: "".join(tokens))
+def test_the_rules_for_thinking_and_calls_are_mlx_lms(tokens: list[str]) -> None:
+    theirs = importlib.import_module("mlx_lm.tokenizer_utils")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    several = {"default": "<tool_call>tool_call.name", "tool_use": "[TOOL_CALLS]"}
+    for template in [*TEMPLATES, several]:
+        tokenizer = SimpleNamespace(
+            chat_template=template, get_vocab=lambda: vocabulary, encode=lambda text, add_special_tokens: [1]
+        )
+        assert abilities.tool_parser(template, vocabulary.__contains__) == theirs._infer_tool_parser(tokenizer), template
+        assert abilities.thinks(vocabulary.__contains__) == (theirs._infer_thinking(tokenizer)[0] is not None)
+
+
+def test_no_parser_and_no_template_of_mlx_lms_is_forgotten() -> None:
+    parsers = importlib.import_module("mlx_lm.tool_parsers")
+    known = {name for name, _ in abilities.TEMPLATE_PARSERS + abilities.VOCABULARY_PARSERS}
+    assert known | {"laguna"} == {module.name for module in pkgutil.iter_modules(parsers.__path__)}  # laguna: by its settings only
+    models = Path(importlib.import_module("mlx_lm.models").__path__[0])
+    with_defaults = {path.stem for path in models.glob("*.py") if "TOKENIZER_DEFAULTS = " in path.read_text()}
+    assert with_defaults == set(abilities.WITH_TEMPLATE)
+
+
+JSON_TOOLS = "{% if tools %}<tool_call>{{ tool_call.name }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "calls"),
+    [
+        ({}, {}, False),
+        ({"chat_template": JSON_TOOLS}, {}, True),
+        ({"chat_template": JSON_TOOLS.replace("tools", "functions")}, {}, False),
+        ({"chat_template": "{{ tools }}"}, {}, False),
+        ({"chat_template": "{{ tools }}", "tool_parser_type": "laguna"}, {}, True),
+        ({"tool_parser_type": "laguna"}, {}, False),
+        ({"chat_template": [{"name": "default", "template": JSON_TOOLS}]}, {}, False),
+        ({"chat_template_type": "deepseek_v32", "tool_parser_type": "laguna"}, {}, True),
+        ({}, {"model_type": "muse_spark"}, True),
+    ],
+)
+def test_a_model_calls_functions_if_its_template_knows_them_and_a_parser_is_found(
+    tmp_path: Path, catalogue: Catalogue, settings: dict[str, Any], config: dict[str, Any], calls: bool
+) -> None:
+    directory = make_model(tmp_path / "models" / "m", config)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert catalogue.find("m").calls is calls
+
+
+@pytest.mark.parametrize("marks", abilities.FILLING)
+def test_a_model_fills_in_the_middle_if_its_vocabulary_has_the_marks(
+    tmp_path: Path, catalogue: Catalogue, marks: tuple[str, str, str]
+) -> None:
+    for number, tokens in enumerate([marks, marks[:2]]):
+        directory = make_model(tmp_path / "models" / f"m{number}")
+        (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": list(tokens)}}, ensure_ascii=False))
+        assert catalogue.find(f"m{number}").inserts is (number == 0)
+
+
+def test_the_builtin_model_thinks_and_calls_and_does_not_fill_in(catalogue: Catalogue) -> None:
+    model = catalogue.find(BUILTIN)
+    assert (model.thinks, model.calls, model.inserts, model.builtin) == (True, True, False, True)

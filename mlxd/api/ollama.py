@@ -1,24 +1,27 @@
-"""The Ollama dialect: /api/*. Requests in, NDJSON out."""
+"""The Ollama dialect: /api/generate, /api/chat, and what tells of models. Requests in, NDJSON out."""
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from mlxd.aliases import Parameters
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, StopStrings, Temperature, whole
+from mlxd.api.fields import MOST, NULL, Budget, Fraction, Integer, Malformed, Penalty, StopStrings, Temperature, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Answered, Request, Summary
-from mlxd.messages import Call, Sampling, Token
-from mlxd.models import Model
+from mlxd.messages import Call, Format, Logprob, Sampling, Token, TokenLogprob
+from mlxd.models import Model, chat_template, license_text, read_tensors
 from mlxd.pool import Engine, keep_alive_s
 
 #: Clients read it as Ollama's: VS Code wants >= 0.6.4, Codex >= 0.13.4, Open WebUI runs int() on each part.
@@ -34,6 +37,11 @@ T = TypeVar("T")
 # --- what comes in ---------------------------------------------------------------------------------------------------------------
 
 
+LastN = Annotated[int, Meta(ge=-1, le=MOST)] | Annotated[float, Meta(ge=-1, le=MOST)]
+Top = Annotated[int, Meta(ge=0, le=20)] | Annotated[float, Meta(ge=0, le=20)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
 class Options(Struct):
     """Unknown ones are ignored, as are those that only tune other engines (num_gpu, num_thread, use_mmap, ...)."""
 
@@ -43,23 +51,17 @@ class Options(Struct):
     top_k: Integer | None = None
     top_p: Fraction | None = None
     min_p: Fraction | None = None
-    seed: Integer | None = None
-    stop: StopStrings | None = None
     typical_p: float | None = None
-    repeat_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    seed: Integer | None = None
+    repeat_penalty: Temperature | None = None
+    repeat_last_n: LastN | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    stop: StopStrings | None = None
 
 
 #: What Ollama itself calls the types of its options.
-GO_TYPES = {"stop": "[]string", "num_ctx": "int", "num_predict": "int", "top_k": "int", "seed": "int"}
-#: Options that this engine does not have, and the values (0 is Ollama's "off") that ask for nothing.
-NEUTRAL = {
-    "typical_p": (0.0, 1.0),
-    "repeat_penalty": (0.0, 1.0),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-}
+GO_TYPES = {"stop": "[]string"} | dict.fromkeys(("num_ctx", "num_predict", "top_k", "seed", "repeat_last_n"), "int")
 
 
 class FunctionCall(Struct):
@@ -83,8 +85,18 @@ class Message(Struct):
     tool_call_id: str | None = None
 
 
+class Function(Struct, omit_defaults=True):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Struct):
+    function: Function
+
+
 class Common(Struct):
-    """What generate and chat share."""
+    """What generate and chat share. The context never slides, whatever `shift`: an answer that reaches its end is cut."""
 
     model: str | None = None
     stream: bool | None = None
@@ -93,8 +105,9 @@ class Common(Struct):
     options: Options | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     logprobs: bool | None = None
-    top_logprobs: (Annotated[int, Meta(ge=0, le=20)]) | None = None
+    top_logprobs: Top | None = None
     truncate: bool | None = None
+    shift: bool | None = None
 
 
 class Chat(Common):
@@ -107,7 +120,7 @@ class Generate(Common):
     suffix: str | None = None
     system: str | None = None
     template: str | None = None
-    context: list[int] | None = None
+    context: list[TokenId] | None = None
     raw: bool | None = None
     images: msgspec.Raw = NULL
 
@@ -116,10 +129,22 @@ class Named(Struct):
     model: str | None = None
     name: str | None = None
 
+    @property
+    def called(self) -> str:
+        """`name` is the older word, which Continue and LiteLLM still send."""
+        return self.model or self.name or ""
+
+
+class Show(Named):
+    verbose: bool | None = None
+
 
 chats = msgspec.json.Decoder(Chat)
 generates = msgspec.json.Decoder(Generate)
 nameds = msgspec.json.Decoder(Named)
+shows = msgspec.json.Decoder(Show)
+tool_lists = msgspec.json.Decoder(list[Tool] | None)
+schemas = msgspec.json.Decoder(dict[str, Any])
 arguments = msgspec.json.Decoder(dict[str, Any] | None)
 
 
@@ -134,7 +159,7 @@ def parse(decoder: msgspec.json.Decoder[T], body: bytearray) -> T:
 def said(wrong: Malformed) -> Refused:
     """The same in Ollama's words, if it is an option that is wrong."""
     section, _, name = wrong.path.partition(".")
-    if section != "options" or not name:
+    if section not in ("options", "parameters") or not name:
         return wrong
     name = re.sub(r"\[.*", "", name)
     if ", got " in wrong.sentence:
@@ -142,21 +167,30 @@ def said(wrong: Malformed) -> Refused:
     return Refused(400, f'option "{name}": {wrong.sentence}')
 
 
-def sampling(options: Options) -> Sampling:
-    """Ollama's defaults. Raises Refused."""
-    for name, neutral in NEUTRAL.items():
-        value = getattr(options, name)
-        if value is not None and value not in neutral:
-            raise Refused(400, f'option "{name}" is not supported by mlxd; leave it out or set it to {neutral[-1]:g}')
-    drawn = integer(options, "seed")
-    top_k = integer(options, "top_k")
-    return Sampling(
-        seed=secrets.randbits(63) if drawn is None or drawn < 0 else drawn,
-        temperature=0.8 if options.temperature is None else options.temperature,
-        top_k=40 if top_k is None else max(0, top_k),
-        top_p=0.9 if options.top_p is None else options.top_p,
-        min_p=options.min_p or 0.0,
+def parameters(options: Options) -> Parameters:
+    """Raises Refused."""
+    if options.typical_p not in (None, 0.0, 1.0):
+        raise Refused(400, 'option "typical_p" is not supported by mlxd; leave it out or set it to 1')
+    top_k, window = integer(options, "top_k"), integer(options, "num_ctx")
+    return Parameters(
+        temperature=options.temperature,
+        top_k=None if top_k is None else max(0, top_k),
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=integer(options, "seed"),
+        repeat_penalty=1.0 if options.repeat_penalty == 0 else options.repeat_penalty,
+        repeat_last_n=integer(options, "repeat_last_n"),
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        num_ctx=max(4, window) if window and window > 0 else None,
+        num_predict=integer(options, "num_predict"),
+        stop=fields.strings(options.stop) or None,
     )
+
+
+def usual() -> Sampling:
+    """Ollama's defaults."""
+    return Sampling(seed=secrets.randbits(63), temperature=0.8, top_k=40, top_p=0.9)
 
 
 def integer(options: Options, name: str) -> int | None:
@@ -173,29 +207,38 @@ def think(asked: bool | str | None, model: Model, name: str) -> bool | None:
     return None if asked is None else bool(asked)
 
 
-def refuse_unsupported(call: Chat | Generate, name: str) -> None:
-    """What this version cannot do is refused: leaving it out silently would make the model invent. Raises Refused."""
-    if bytes(call.format) not in (b"null", b'""'):
-        raise Refused(400, "format: structured output is not supported by this version of mlxd")
-    if call.logprobs:
-        raise Refused(400, "logprobs: not supported by this version of mlxd")
-    messages = call.messages or [] if isinstance(call, Chat) else []
-    images = [(f"messages[{index}].images", message.images) for index, message in enumerate(messages)]
-    if isinstance(call, Generate):
-        images = [("images", call.images)]
-    if any(fields.has_items(path, raw) for path, raw in images):
+def refuse_images(call: Chat | Generate, name: str) -> None:
+    """Leaving them out silently would make the model invent. Raises Refused."""
+    images = [(f"messages[{n}].images", message.images) for n, message in enumerate(getattr(call, "messages", None) or [])]
+    if any(fields.has_items(path, raw) for path, raw in [*images, ("images", getattr(call, "images", NULL))]):
         raise Refused(400, f"{name} does not support images")
-    if isinstance(call, Chat) and fields.has_objects("tools", call.tools):
-        raise Refused(400, f"{name} does not support tools")
-    if isinstance(call, Generate) and call.suffix:
-        raise Refused(400, f"{name} does not support insert")
 
 
-def conversation(messages: list[Message]) -> list[dict[str, Any]]:
+def answer_format(raw: msgspec.Raw, budget: Budget) -> Format | None:
+    """Raises Malformed."""
+    text = bytes(raw)
+    if text in (b"null", b'""'):
+        return None
+    if text == b'"json"':
+        return Format(kind="json")
+    if not text.startswith(b"{"):
+        raise Malformed("format", 'must be "json" or a JSON schema')
+    budget.decode("format", schemas, raw)
+    return Format(kind="json_schema", source=text.decode())
+
+
+def functions(raw: msgspec.Raw, budget: Budget) -> list[dict[str, Any]]:
+    """The tools, as templates know them. Raises Malformed."""
+    found = budget.decode("tools", tool_lists, raw) or []
+    tools = [{"type": "function", "function": msgspec.to_builtins(tool.function)} for tool in found]
+    fields.shallow("tools", tools)
+    return tools
+
+
+def conversation(messages: list[Message], budget: Budget) -> list[dict[str, Any]]:
     """As chat templates know them. A tool's result without a name belongs to the last call. Raises Refused."""
     result: list[dict[str, Any]] = []
     called = ""
-    budget = Budget()
     for index, message in enumerate(messages):
         role = message.role.lower()
         if role not in ("system", "user", "assistant", "tool"):
@@ -223,35 +266,49 @@ def tool_call(call: ToolCall, path: str, budget: Budget) -> dict[str, Any]:
     return item | {"id": call.id} if call.id else item
 
 
-def request(call: Chat | Generate, model: Model, service: Service) -> Request:
+def request(call: Chat | Generate, model: Model) -> Request:
     """The one internal request. Raises Refused."""
     name = call.model or ""
-    refuse_unsupported(call, name)
-    options = call.options or Options()
-    prompt, messages = None, None
-    if isinstance(call, Chat):
-        messages = conversation(call.messages or [])
-    elif call.raw:
-        if call.system or call.template or call.context:
-            raise Refused(400, "raw mode does not support template, system, or context")
-        prompt = call.prompt
-    else:
-        messages = [{"role": "system", "content": call.system}] if call.system else []
-        messages.append({"role": "user", "content": call.prompt})
-    most = integer(options, "num_predict")
-    window = integer(options, "num_ctx")
-    return Request(
+    refuse_images(call, name)
+    budget = Budget()
+    said = parameters(call.options or Options())
+    most = said.num_predict
+    asked = Request(
         model=model,
-        sampling=sampling(options),
-        messages=messages,
-        prompt=prompt,
+        sampling=model.sampling(usual(), **said.sampling()),
+        format=answer_format(call.format, budget),
         think=think(call.think, model, name),
-        max_tokens=most if most is not None and most > 0 else None,
-        num_ctx=max(4, window) if window and window > 0 else service.config.models.context_length or None,
-        stop=fields.strings(options.stop),
-        truncate=isinstance(call, Chat) and call.truncate is not False,
+        max_tokens=most if most and most > 0 else None,
+        num_ctx=said.num_ctx,
+        stop=said.stop or [],
+        top_logprobs=whole("top_logprobs", call.top_logprobs) or 0 if call.logprobs else None,
+        truncate=call.truncate is not False,
         keep_alive_s=keep_alive_s(call.keep_alive),
     )
+    if isinstance(call, Generate):
+        fill_prompt(asked, call)
+        return asked
+    asked.messages = conversation(call.messages or [], budget)
+    asked.tools = functions(call.tools, budget) or None
+    if asked.tools and not model.calls:
+        raise Refused(400, f"{name} does not support tools")
+    return asked
+
+
+def fill_prompt(asked: Request, call: Generate) -> None:
+    """Raw, between a prompt and a suffix, or one turn of a user. Raises Refused."""
+    if call.raw and (call.system or call.template or call.context):
+        raise Refused(400, "raw mode does not support template, system, or context")
+    if call.suffix and not asked.model.inserts:
+        raise Refused(400, f"{call.model} does not support insert")
+    if call.suffix and (call.system or call.context):
+        raise Refused(400, "suffix: what stands between two texts has neither system nor context")
+    if call.raw or call.suffix:
+        asked.prompt, asked.suffix, asked.truncate = call.prompt, call.suffix or None, False
+        return
+    asked.messages = [{"role": "system", "content": call.system}] if call.system else []
+    asked.messages.append({"role": "user", "content": call.prompt})
+    asked.context_ids = call.context or []
 
 
 # --- what goes out ---------------------------------------------------------------------------------------------------------------
@@ -263,34 +320,35 @@ def timestamp(seconds: float | None = None) -> str:
 
 
 class Lines:
-    """An answer as NDJSON. `piece`: the members that carry text and thinking, `extra`: those of the last line only."""
+    """An answer as NDJSON. `piece`: the members that carry text, and `more` beside it, `extra`: those of the last line only."""
 
     stream_type = NDJSON
     whole_type = WHOLE_JSON
 
     def __init__(self, name: str):
         self.opening = b'{"model":' + encode(name) + b',"created_at":"'
+        self.calls = 0
 
-    def piece(self, text: str, thinking: str) -> bytes:
+    def piece(self, text: str, more: bytes) -> bytes:
         raise NotImplementedError
 
     def extra(self, summary: Summary) -> dict[str, Any]:
         return {}
 
-    def line(self, text: str, thinking: str, rest: bytes) -> bytes:
-        return b"".join((self.opening, timestamp().encode(), b'",', self.piece(text, thinking), rest))
+    def line(self, text: str, more: bytes, rest: bytes) -> bytes:
+        return b"".join((self.opening, timestamp().encode(), b'",', self.piece(text, more), rest))
 
     def begin(self, choice: int, prompt_tokens: int, cached_tokens: int) -> bytes:
         return b""
 
     def token(self, choice: int, token: Token) -> bytes:
-        return self.more("" if token.thinking else token.text, token.text if token.thinking else "")
-
-    def more(self, text: str, thinking: str = "") -> bytes:
-        return self.line(text, thinking, b',"done":false}\n')
+        text, more = ("", thinking(token.text)) if token.thinking else (token.text, b"")
+        rest = b',"logprobs":' + encode([judged(one) for one in token.logprobs]) if token.logprobs else b""
+        return self.line(text, more, rest + b',"done":false}\n')
 
     def call(self, choice: int, call: Call) -> bytes:
-        return b""
+        self.calls += 1
+        return self.line("", tool_calls([call], self.calls - 1), b',"done":false}\n')
 
     def progress(self, done: int, total: int) -> bytes:
         return b""
@@ -300,19 +358,21 @@ class Lines:
 
     def ping(self) -> bytes:
         """NDJSON has no comments; Ollama's clients add an empty piece to what they have."""
-        return self.more("")
+        return self.line("", b"", b',"done":false}\n')
 
     def end(self, choice: int, answered: Answered) -> bytes:
-        return self.final("", "", answered.summary) + b"\n"
+        return self.line("", b"", self.final(answered.summary)) + b"\n"
 
     def close(self, answers: list[Answered]) -> bytes:
         return b""
 
     def whole(self, answers: list[Answered]) -> bytes:
         (answered,) = answers
-        return self.final(answered.text, answered.thinking, answered.summary)
+        more = thinking(answered.thinking) + tool_calls(answered.calls)
+        judgements = {"logprobs": [judged(one) for one in answered.logprobs]} if answered.logprobs else {}
+        return self.line(answered.text, more, self.final(answered.summary, judgements))
 
-    def final(self, text: str, thinking: str, summary: Summary) -> bytes:
+    def final(self, summary: Summary, more: dict[str, Any] | None = None) -> bytes:
         figures = {
             "done": True,
             "done_reason": summary.reason,
@@ -323,20 +383,19 @@ class Lines:
             "eval_count": len(summary.emitted),
             "eval_duration": summary.eval_ns,
         }
-        return self.line(text, thinking, b"," + encode(figures | self.extra(summary))[1:])
+        return b"," + encode(figures | (more or {}) | self.extra(summary))[1:]
 
     def bare(self, reason: str, load_ns: int) -> bytes:
         """The answer to a request that only loads or unloads."""
         figures = {"done": True, "done_reason": reason, "total_duration": load_ns, "load_duration": load_ns}
-        return self.line("", "", b"," + encode(figures)[1:])
+        return self.line("", b"", b"," + encode(figures)[1:])
 
     def error(self, refused: Refused) -> bytes:
         return error_body(refused) + b"\n"
 
 
 class ChatLines(Lines):
-    def piece(self, text: str, thinking: str) -> bytes:
-        more = b',"thinking":' + encode(thinking) if thinking else b""
+    def piece(self, text: str, more: bytes) -> bytes:
         return b'"message":{"role":"assistant","content":' + encode(text) + more + b"}"
 
 
@@ -345,12 +404,35 @@ class GenerateLines(Lines):
         super().__init__(name)
         self.raw = raw
 
-    def piece(self, text: str, thinking: str) -> bytes:
-        more = b',"thinking":' + encode(thinking) if thinking else b""
+    def piece(self, text: str, more: bytes) -> bytes:
         return b'"response":' + encode(text) + more
 
     def extra(self, summary: Summary) -> dict[str, Any]:
         return {} if self.raw else {"context": summary.prompt_ids + summary.emitted}
+
+
+def thinking(text: str) -> bytes:
+    return b',"thinking":' + encode(text) if text else b""
+
+
+def tool_calls(calls: list[Call], first: int = 0) -> bytes:
+    """Arguments go out as the object they are, on one line as NDJSON wants it."""
+    if not calls:
+        return b""
+    items = []
+    for index, call in enumerate(calls, first):
+        arguments = msgspec.Raw(msgspec.json.format(call.arguments.encode(), indent=-1))
+        function = {"index": index, "name": call.name, "arguments": arguments}
+        items.append({"id": f"call_{secrets.token_hex(4)}", "function": function})
+    return b',"tool_calls":' + encode(items)
+
+
+def judged(one: TokenLogprob) -> dict[str, Any]:
+    return judgement(one.token) | ({"top_logprobs": [judgement(other) for other in one.top]} if one.top else {})
+
+
+def judgement(one: Logprob) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.raw)}
 
 
 def error_body(refused: Refused) -> bytes:
@@ -375,7 +457,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if not call.messages:
         await load(service, exchange, call, model, lines)
     else:
-        await service.answer(exchange, [request(call, model, service)], lines, call.stream is not False)
+        await service.answer(exchange, [request(call, model)], lines, call.stream is not False)
 
 
 async def generate(service: Service, exchange: Exchange) -> None:
@@ -385,7 +467,7 @@ async def generate(service: Service, exchange: Exchange) -> None:
     if not call.prompt:
         await load(service, exchange, call, model, lines)
     else:
-        await service.answer(exchange, [request(call, model, service)], lines, call.stream is not False)
+        await service.answer(exchange, [request(call, model)], lines, call.stream is not False)
 
 
 async def load(service: Service, exchange: Exchange, call: Common, model: Model, lines: Lines) -> None:
@@ -403,24 +485,32 @@ async def tags(service: Service, exchange: Exchange) -> None:
 
 
 async def ps(service: Service, exchange: Exchange) -> None:
-    """What is loaded, the longest-lived first."""
-    engines = sorted(service.pool.loaded(), key=lambda engine: -engine.expires_at)
-    await exchange.reply(200, encode({"models": [described(engine.model) | lifetime(service, engine) for engine in engines]}))
+    """What is loaded, the longest-lived first; under every name that it answers to."""
+    named = [model for model in await service.models() if model.alias]
+    entries = []
+    for engine in sorted(service.pool.loaded(), key=lambda engine: -engine.expires_at):
+        until = lifetime(service, engine)
+        names = [engine.model, *(model for model in named if model.weights.name == engine.model.name)]
+        entries += [described(model) | until for model in names]
+    await exchange.reply(200, encode({"models": entries}))
 
 
 async def show(service: Service, exchange: Exchange) -> None:
-    call = parse(nameds, await exchange.body())
-    model = await service.find(call.model or call.name or "")
+    call = parse(shows, await exchange.body())
+    model = await service.find(call.called)
     entry = described(model)
-    note = "# The built-in model of mlxd, for self-test and demo.\n" if model.builtin else ""
+    alias = model.alias
+    licenses = [await service.read(license_text, model, ""), *(alias.license if alias else [])]
+    # Copilot shows the basename as the model's name.
+    copilot = exchange.header(b"user-agent").startswith(b"GitHubCopilotChat/")
     body = {
-        "modelfile": f"{note}FROM {model.name}\n",
-        "parameters": "",
-        "template": await service.template(model),
+        "modelfile": modelfile(model),
+        "parameters": "\n".join(parameter_lines(alias.parameters)) if alias else "",
+        "template": (alias and alias.template) or await service.read(chat_template, model, ""),
         "details": entry["details"],
         "model_info": {
             "general.architecture": model.family,
-            "general.basename": model.name.removesuffix(":latest"),
+            "general.basename": call.called if copilot else model.name.removesuffix(":latest"),
             "general.parameter_count": model.parameters,
             f"{model.family}.context_length": model.context_length,
             f"{model.family}.embedding_length": model.embedding_length,
@@ -428,7 +518,37 @@ async def show(service: Service, exchange: Exchange) -> None:
         "capabilities": entry["capabilities"],
         "modified_at": entry["modified_at"],
     }
+    if text := "\n".join(filter(None, licenses)):
+        body["license"] = text
+    if alias and alias.system:
+        body["system"] = alias.system
+    if alias and alias.messages:
+        body["messages"] = alias.messages
+    if call.verbose:
+        body["tensors"] = await service.read(tensors, model, [])
     await exchange.reply(200, encode(body))
+
+
+def tensors(directory: Path) -> list[dict[str, Any]]:
+    """Raises Broken, OSError."""
+    return [{"name": name, "type": dtype, "shape": shape} for name, (dtype, shape) in sorted(read_tensors(directory).items())]
+
+
+def modelfile(model: Model) -> str:
+    """In Ollama's language, where three quotes hold a text of several lines."""
+    lines = ["# The built-in model of mlxd, for self-test and demo."] if model.builtin else []
+    lines.append(f"FROM {model.weights.name}")
+    if model.alias:
+        lines += [f"PARAMETER {line}" for line in parameter_lines(model.alias.parameters)]
+        lines += [f'SYSTEM """{model.alias.system}"""'] if model.alias.system else []
+        lines += [f'MESSAGE {message["role"]} """{message["content"]}"""' for message in model.alias.messages]
+    return "\n".join(lines) + "\n"
+
+
+def parameter_lines(said: Parameters) -> list[str]:
+    """Name, blanks, value: Continue's parser breaks on anything else."""
+    pairs = [(name, one) for name, value in said.said().items() for one in (value if isinstance(value, list) else [value])]
+    return [f"{name:<30} {json.dumps(value, ensure_ascii=False)}" for name, value in pairs]
 
 
 def lifetime(service: Service, engine: Engine) -> dict[str, Any]:
@@ -449,7 +569,7 @@ def described(model: Model) -> dict[str, Any]:
         "size": model.size_bytes,
         "digest": model.digest,
         "details": {
-            "parent_model": "",
+            "parent_model": model.weights.name if model.alias else "",
             "format": "safetensors",
             "family": model.family,
             "families": [model.family],
@@ -462,4 +582,5 @@ def described(model: Model) -> dict[str, Any]:
 
 
 def capabilities(model: Model) -> list[str]:
-    return ["completion", "thinking"] if model.thinks else ["completion"]
+    can = {"completion": True, "tools": model.calls, "insert": model.inserts, "thinking": model.thinks}
+    return [name for name, able in can.items() if able]

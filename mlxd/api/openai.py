@@ -261,21 +261,25 @@ def json_format(kind: str, schema: msgspec.Raw, path: str, budget: Budget) -> Fo
     return Format(kind="json_schema", source=bytes(schema).decode())
 
 
-def sampling(call: Common) -> Sampling:
-    """OpenAI's defaults; its penalties look at the whole answer and not at the prompt. Raises Malformed."""
-    drawn = whole("seed", call.seed)
-    return Sampling(
-        seed=secrets.randbits(63) if drawn is None else drawn % 2**63,
-        temperature=1.0 if call.temperature is None else call.temperature,
-        top_k=max(0, whole("top_k", call.top_k) or 0),
-        top_p=1.0 if call.top_p is None else call.top_p,
-        min_p=call.min_p or 0.0,
-        presence_penalty=call.presence_penalty or 0.0,
-        frequency_penalty=call.frequency_penalty or 0.0,
-        penalty_last_n=-1,
-        penalize_prompt=False,
-        logit_bias=call.logit_bias or {},
+def usual() -> Sampling:
+    """OpenAI's defaults; its penalties look at the whole answer and not at the prompt."""
+    return Sampling(seed=secrets.randbits(63), temperature=1.0, penalty_last_n=-1, penalize_prompt=False)
+
+
+def sampling(call: Common, model: Model) -> Sampling:
+    """Raises Malformed."""
+    drawn, top_k = whole("seed", call.seed), whole("top_k", call.top_k)
+    found = model.sampling(
+        usual(),
+        seed=None if drawn is None else drawn % 2**63,
+        temperature=call.temperature,
+        top_k=None if top_k is None else max(0, top_k),
+        top_p=call.top_p,
+        min_p=call.min_p,
+        presence_penalty=call.presence_penalty,
+        frequency_penalty=call.frequency_penalty,
     )
+    return msgspec.structs.replace(found, logit_bias=call.logit_bias or {})
 
 
 def several(request: Request, count: int) -> list[Request]:
@@ -284,7 +288,7 @@ def several(request: Request, count: int) -> list[Request]:
     return [replace(request, sampling=replace(drawn, seed=(drawn.seed + i) % 2**63)) for i in range(count)]
 
 
-def chat_request(call: Chat, model: Model, service: Service) -> Request:
+def chat_request(call: Chat, model: Model) -> Request:
     """The one internal request. Raises Malformed."""
     name = call.model or ""
     for field, remedy in UNSUPPORTED.items():
@@ -308,20 +312,19 @@ def chat_request(call: Chat, model: Model, service: Service) -> Request:
     effort = call.reasoning_effort or (call.reasoning.effort if call.reasoning else None)
     return Request(
         model=model,
-        sampling=sampling(call),
+        sampling=sampling(call, model),
         messages=conversation(call.messages or [], name, budget),
         tools=tools,
         tool_choice=tool_choice,
         format=json_format(wanted.type, schema, "response_format.json_schema.schema", budget),
         think=think(effort, model, "reasoning_effort"),
         max_tokens=most,
-        num_ctx=service.config.models.context_length or None,
         stop=fields.strings(call.stop),
         top_logprobs=(call.top_logprobs or 0) if call.logprobs else None,
     )
 
 
-def completion_requests(call: Completion, model: Model, service: Service) -> list[Request]:
+def completion_requests(call: Completion, model: Model) -> list[Request]:
     """A request for each choice: `n` of the first prompt, then `n` of the next. Raises Malformed."""
     name = call.model or ""
     count = whole("n", call.n) or 1
@@ -337,7 +340,7 @@ def completion_requests(call: Completion, model: Model, service: Service) -> lis
     if call.suffix and not all(isinstance(prompt, str) for prompt in asked):
         raise Malformed("suffix", "needs a prompt that is text")
     most = whole("max_tokens", call.max_tokens)
-    drawn = sampling(call)
+    drawn = sampling(call, model)
     requests: list[Request] = []
     for prompt in asked:
         request = Request(
@@ -347,7 +350,6 @@ def completion_requests(call: Completion, model: Model, service: Service) -> lis
             prompt_ids=None if isinstance(prompt, str) else prompt,
             suffix=call.suffix or None,
             max_tokens=DEFAULT_MAX_TOKENS if most is None else most,
-            num_ctx=service.config.models.context_length or None,
             stop=fields.strings(call.stop),
             top_logprobs=call.logprobs,
         )
@@ -572,14 +574,14 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if not call.messages:
         raise Malformed("messages", "at least one message is required")
     chunks = ChatChunks(call)
-    requests = several(chat_request(call, model, service), chunks.choices)
+    requests = several(chat_request(call, model), chunks.choices)
     await service.answer(exchange, requests, chunks, bool(call.stream))
 
 
 async def complete(service: Service, exchange: Exchange) -> None:
     call = fields.decode(completions, await exchange.body())
     model = await service.find(call.model or "")
-    requests = completion_requests(call, model, service)
+    requests = completion_requests(call, model)
     await service.answer(exchange, requests, TextChunks(call), bool(call.stream))
 
 

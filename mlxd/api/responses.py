@@ -17,7 +17,7 @@ from mlxd.api.service import Service
 from mlxd.api.store import Kept
 from mlxd.errors import Refused
 from mlxd.journal import Answered, Request, Summary
-from mlxd.messages import Call, Sampling, Token, TokenLogprob
+from mlxd.messages import Call, Token, TokenLogprob
 from mlxd.models import Model
 
 encode = msgspec.json.encode
@@ -228,18 +228,13 @@ def ask(call: Create, model: Model, service: Service) -> Asked:
     wanted = call.text.format if call.text and call.text.format else TextFormat("text")
     request = Request(
         model=model,
-        sampling=Sampling(
-            seed=secrets.randbits(63),
-            temperature=1.0 if call.temperature is None else call.temperature,
-            top_p=1.0 if call.top_p is None else call.top_p,
-        ),
+        sampling=model.sampling(openai.usual(), temperature=call.temperature, top_p=call.top_p),
         messages=[{"role": "system", "content": call.instructions}, *messages] if call.instructions else messages,
         tools=tools,
         tool_choice=tool_choice,
         format=openai.json_format(wanted.type, wanted.schema, "text.format.schema", budget),
         think=openai.think(call.reasoning.effort if call.reasoning else None, model, "reasoning.effort"),
         max_tokens=whole("max_output_tokens", call.max_output_tokens),
-        num_ctx=service.config.models.context_length or None,
         top_logprobs=call.top_logprobs or 0 if call.top_logprobs is not None or LOGPROBS in (call.include or []) else None,
         truncate=call.truncation == "auto",
     )

@@ -11,10 +11,12 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from mlxd import guard
 from mlxd.admission import Admission, Priority
+from mlxd.aliases import Aliases
 from mlxd.api.exchange import Exchange, Filler
 from mlxd.api.store import Store
 from mlxd.config import Config
@@ -22,11 +24,13 @@ from mlxd.errors import ConfigError, Refused
 from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.modelfiles import Broken
-from mlxd.models import BUILTIN, Catalogue, Model, chat_template
+from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
 
 #: A client that takes no byte for this long is taken for gone.
 WRITE_STALL_S = 30.0
+
+T = TypeVar("T")
 
 
 class View(Filler, Protocol):
@@ -63,14 +67,15 @@ Tell = Callable[[int, Entry, Event], Awaitable[None]]
 
 
 class Service:
-    """All that requests share. Without a supervisor (an imported app) there is nobody to run engines, and it says so."""
+    """All that requests share. Without a supervisor (an imported app) there is nobody to run engines, and it says so. `aliases`: their
+    file; "": there are none."""
 
-    def __init__(self, config: Config, say: Callable[[ChildWord], None] | None = None, nonce: str = ""):
+    def __init__(self, config: Config, say: Callable[[ChildWord], None] | None = None, nonce: str = "", aliases: str = ""):
         server = config.server
         self.config = config
         self.nonce = nonce
         self.supervised = say is not None
-        self.catalogue = Catalogue(config.models.dir)
+        self.catalogue = Catalogue(config.models.dir, aliases=Aliases(Path(aliases) if aliases else None))
         self.admission = Admission(server.max_concurrent, server.max_queue, server.queue_wait_s)
         self.journal = Journal(server.poison_s)
         self.store = Store()
@@ -99,12 +104,24 @@ class Service:
         """All there are, newest first."""
         return await asyncio.to_thread(self.catalogue.scan)
 
-    async def template(self, model: Model) -> str:
-        """The chat template's text; "" when there is none to be read."""
+    async def read(self, look: Callable[[Path], T], model: Model, nothing: T) -> T:
+        """What `look` finds in a model's directory; `nothing` when that cannot be read."""
         try:
-            return await asyncio.to_thread(chat_template, model.directory)
+            return await asyncio.to_thread(look, model.directory)
         except (Broken, OSError):
-            return ""
+            return nothing
+
+    async def delete(self, name: str) -> None:
+        """An alias, or a model's files once nobody uses it. Raises Refused."""
+        place = await asyncio.to_thread(self.catalogue.place, name)
+        if place is None:
+            if not await asyncio.to_thread(self.catalogue.aliases.remove, canonical(name).lower()):
+                raise unknown(name)
+        elif place.name == BUILTIN:
+            raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
+        else:
+            await self.pool.retire(place.name, self.config.server.queue_wait_s)
+            await asyncio.to_thread(self.catalogue.delete, place)
 
     async def preload(self) -> None:
         """Want what the configuration names; the built-in model while there is no other."""
@@ -177,6 +194,7 @@ class Service:
             entries: list[Entry] = []
             for request in requests:
                 request.priority = priority(exchange)
+                request.settle(self.config.models.context_length)
                 size = 0 if entries else exchange.body_bytes
                 entries.append(kept.enter_context(self.journal.keep(request, exchange.received_ns, size)))
             await exchange.while_connected(self.run(exchange, entries, tell, filler))

@@ -1,0 +1,143 @@
+"""The Ollama dialect's store: /api/copy, /api/create, /api/delete, and what mlxd does not do with models: /api/pull, /api/push, blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mlxd.api import fields
+from mlxd.api.exchange import Exchange
+from mlxd.api.fields import NULL, Malformed
+from mlxd.api.ollama import NDJSON, Named, Options, encode, nameds, parameters, parse
+from mlxd.api.service import Service
+from mlxd.errors import Refused
+from mlxd.models import canonical
+
+DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
+PLACE = "the models directory (~/mlx-models unless MLX_MODELS_DIR names another)"
+NOT_YET = f"pulling models comes with a later version; put the model into {PLACE} or the Hugging Face cache"
+NO_PUSH = "mlxd does not push models: there is no registry for those of MLX"
+NO_BLOBS = f"mlxd makes no models of blobs; put the files of one into {PLACE}"
+NO_WEIGHTS = f"mlxd makes no weights; put the model into {PLACE} and name it in 'from'"
+
+
+class Copy(Struct):
+    source: str | None = None
+    destination: str | None = None
+
+
+class Said(Struct):
+    """A message to begin with."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Create(Named):
+    """A name for what `from` names, and what holds under it. Its template is shown and not used."""
+
+    base: str | None = msgspec.field(name="from", default=None)
+    system: str | None = None
+    parameters: Options | None = None
+    messages: Annotated[list[Said], Meta(max_length=4096)] | None = None
+    template: str | None = None
+    license: list[str] | str | None = None
+    files: msgspec.Raw = NULL
+    adapters: msgspec.Raw = NULL
+    quantize: msgspec.Raw = NULL
+    stream: bool | None = None
+
+
+class Transfer(Named):
+    stream: bool | None = None
+    insecure: bool | None = None
+
+
+copies = msgspec.json.Decoder(Copy)
+creates = msgspec.json.Decoder(Create)
+transfers = msgspec.json.Decoder(Transfer)
+
+
+async def copy(service: Service, exchange: Exchange) -> None:
+    """Another name for a model; nothing is copied but an alias's settings."""
+    call = parse(copies, await exchange.body())
+    source, destination = checked("source", call.source), checked("destination", call.destination)
+    if source.lower() == destination.lower():
+        await service.find(call.source or "")
+    else:
+        await asyncio.to_thread(service.catalogue.define, destination, call.source or "")
+    await exchange.reply(200, b"")
+
+
+def checked(field: str, name: str | None) -> str:
+    """The canonical name. Raises Malformed."""
+    try:
+        return canonical(name or "")
+    except Refused as refused:
+        raise Malformed(field, refused.message) from None
+
+
+async def create(service: Service, exchange: Exchange) -> None:
+    call = parse(creates, await exchange.body())
+    name = canonical(call.called)
+    empty = (b"null", b"{}", b'""')
+    for field in ("files", "adapters", "quantize"):
+        if bytes(getattr(call, field)) not in empty:
+            raise Refused(400, f"{field}: {NO_WEIGHTS}")
+    if not call.base:
+        raise Refused(400, "neither 'from' or 'files' was specified")
+    said = settings(call)
+    options = parameters(call.parameters or Options())
+    model = await asyncio.to_thread(service.catalogue.define, name, call.base, options, **said)
+    statuses = [f"using existing layer sha256:{model.weights.digest}", "writing manifest", "success"]
+    if call.stream is False:
+        await exchange.reply(200, encode({"status": statuses[-1]}))
+        return
+    await exchange.stream(NDJSON)
+    for status in statuses:
+        await exchange.write(encode({"status": status}) + b"\n", last=status is statuses[-1])
+
+
+def settings(call: Create) -> dict[str, Any]:
+    """What is said, as fields of an Alias."""
+    said: dict[str, Any] = {name: getattr(call, name) for name in ("system", "template") if getattr(call, name) is not None}
+    if call.messages:
+        said["messages"] = msgspec.to_builtins(call.messages)
+    if call.license:
+        said["license"] = fields.strings(call.license)
+    return said
+
+
+async def delete(service: Service, exchange: Exchange) -> None:
+    """Of an alias, the name alone; of a model, its files."""
+    call = parse(nameds, await exchange.body())
+    canonical(call.called)
+    await exchange.while_connected(service.delete(call.called))
+    if not exchange.left:
+        await exchange.reply(200, b"")
+
+
+async def pull(service: Service, exchange: Exchange) -> None:
+    check_name(parse(transfers, await exchange.body()))
+    raise Refused(501, NOT_YET, code="not_implemented", hopeless=True)
+
+
+async def push(service: Service, exchange: Exchange) -> None:
+    check_name(parse(transfers, await exchange.body()))
+    raise Refused(501, NO_PUSH, code="not_implemented", hopeless=True)
+
+
+def check_name(call: Named) -> None:
+    """A blank one is invalid here, as Ollama has it. Raises Refused."""
+    canonical(call.called if call.called.strip() else "?")
+
+
+async def blob(service: Service, exchange: Exchange) -> None:
+    """The parts of a model that a client would send: no model is made of them here."""
+    if not DIGEST.fullmatch(exchange.scope["path_params"]["digest"]):
+        raise Refused(400, "invalid digest: expected sha256: and 64 hex digits")
+    raise Refused(501, NO_BLOBS, code="not_implemented", hopeless=True)
