@@ -43,6 +43,7 @@ class Model(Struct, frozen=True):
     context_length: int
     embedding_length: int
     thinks: bool
+    calls: bool = False
 
     @property
     def builtin(self) -> bool:
