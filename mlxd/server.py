@@ -22,7 +22,7 @@ from starlette.routing import Route, Router
 
 import mlxd
 from mlxd import guard, health
-from mlxd.api import ollama, ollama_store, openai, responses
+from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
 from mlxd.config import Config
@@ -78,6 +78,8 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("POST", "/v1/responses", responses.create),
     ("GET", "/v1/responses/{id}", responses.retrieve),
     ("DELETE", "/v1/responses/{id}", responses.delete),
+    ("POST", "/v1/messages", anthropic.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
     ("GET", "/health", health.report),
     ("GET", "/health/live", health.live),
     ("GET", "/health/ready", health.ready),
@@ -127,6 +129,8 @@ class App:
     async def handle(self, exchange: Exchange) -> None:
         """Raises Refused."""
         service, scope = self.service, exchange.scope
+        if scope["path"].startswith(anthropic.ROOT):  # their SDKs look there for it
+            exchange.set_header(b"request-id", exchange.request_id.encode())
         if service.draining:
             exchange.headers.append((b"connection", b"close"))
         exchange.headers += guard.judge(scope, service.policy)
@@ -156,8 +160,14 @@ async def refuse(exchange: Exchange, refused: Refused) -> None:
         exchange.headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_s))).encode()))
     if refused.hopeless:
         exchange.headers.append((b"x-should-retry", b"false"))
-    dialect = openai if exchange.scope["path"].startswith("/v1/") else ollama
-    await exchange.reply(refused.status, dialect.error_body(refused))
+    await exchange.reply(refused.status, error_body(exchange, refused))
+
+
+def error_body(exchange: Exchange, refused: Refused) -> bytes:
+    path = exchange.scope["path"]
+    if path.startswith(anthropic.ROOT):
+        return anthropic.error_body(refused, exchange.request_id)
+    return openai.error_body(refused) if path.startswith("/v1/") else ollama.error_body(refused)
 
 
 app = App(Service(Config()))

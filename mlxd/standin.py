@@ -113,7 +113,7 @@ class StandIn:
         if path.startswith("/health") and local:
             body = self.health()
         elif path.startswith("/v1/messages"):
-            body = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+            body = {"type": "error", "error": {"type": "overloaded_error", "message": message}, "request_id": None}
         elif path.startswith("/v1/"):
             body = {"error": {"message": message, "type": "api_error", "param": None, "code": None}}
         else:

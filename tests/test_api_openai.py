@@ -15,8 +15,6 @@ from server_client import Supervised, supervised
 
 from mlxd.api import openai
 from mlxd.api.fields import Malformed
-from mlxd.api.service import Service
-from mlxd.config import Config
 from mlxd.journal import Request
 from mlxd.models import Model
 
@@ -255,7 +253,7 @@ def test_usage_tells_thinking_apart(client: httpx.Client) -> None:
 
 def asked(**more: Any) -> Request:
     """What a chat comes to, on a model that calls tools and thinks."""
-    return openai.chat_request(openai.chats.decode(json.dumps(chat("x", **more))), able(), Service(Config()))
+    return openai.chat_request(openai.chats.decode(json.dumps(chat("x", **more))), able())
 
 
 def able() -> Model:
@@ -300,7 +298,7 @@ def test_formats_reach_the_engine_and_a_schema_as_it_was_written() -> None:
     body = json.dumps(chat("x", response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}))
     written = '{"type": "object", "b": 1.50, "a": {}}'
     call = openai.chats.decode(body.replace('"schema": {}', f'"schema": {written}'))
-    made = openai.chat_request(call, able(), Service(Config())).format
+    made = openai.chat_request(call, able()).format
     assert (made.kind, made.source) == ("json_schema", written)
 
 
@@ -374,11 +372,11 @@ def test_calls_and_thinking_of_a_completion(client: httpx.Client) -> None:
 
 def test_a_suffix_reaches_a_model_that_fills_in() -> None:
     call = openai.completions.decode(b'{"prompt": "def f(", "suffix": "return x", "max_tokens": 5}')
-    (got,) = openai.completion_requests(call, able(), Service(Config()))
+    (got,) = openai.completion_requests(call, able())
     assert (got.prompt, got.suffix, got.max_tokens) == ("def f(", "return x", 5)
     call = openai.completions.decode(b'{"prompt": [1, 2], "suffix": "return x"}')
     with pytest.raises(Malformed, match="needs a prompt that is text"):
-        openai.completion_requests(call, able(), Service(Config()))
+        openai.completion_requests(call, able())
 
 
 COMPLETION_REFUSALS: list[tuple[dict[str, Any], str, str]] = [

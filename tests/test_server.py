@@ -367,10 +367,12 @@ def test_more_than_the_slots_wait_and_more_than_the_seats_are_refused_in_each_di
         calls = [asking(server, "n=8 delay=0.5") for _ in range(4)]
         until("a full house", lambda: queue(server) == (2, 2), server.told)
         native, openai = ask(server, "n=1"), ask(server, "n=1", path="/v1/chat/completions")
+        anthropic = ask(server, "n=1", path="/v1/messages", max_tokens=1)
         busy = "server busy, please try again.  maximum pending requests exceeded"
         assert (native.status_code, native.json()) == (503, {"error": busy})
         assert (openai.status_code, openai.json()["error"]["message"]) == (503, busy)
-        assert native.headers["retry-after"] == openai.headers["retry-after"] == "1"
+        assert anthropic.json()["error"] == {"type": "overloaded_error", "message": busy}
+        assert {answer.headers["retry-after"] for answer in (native, openai, anthropic)} == {"1"}
         with server.client() as client:
             assert client.get("/health").status_code == 503
             assert client.get("/api/version").status_code == 200

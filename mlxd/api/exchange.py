@@ -43,7 +43,8 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.received_ns = time.monotonic_ns()
-        self.headers: Headers = [(b"x-request-id", request_id(scope["headers"])), VERSION]
+        self.request_id = request_id(scope["headers"]).decode()
+        self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
         self.body_bytes = 0
         self.started = False
         self.finished = False
