@@ -244,7 +244,7 @@ def output_format(call: Messages, budget: Budget) -> Format | None:
     return Format(kind="json_schema", source=encode(budget.decode(path, objects, found.schema)).decode())
 
 
-def request(call: Messages, model: Model, service: Service) -> Request:
+def request(call: Messages, model: Model) -> Request:
     """The one internal request; what is not said is as in /api/chat. Raises Refused."""
     if not call.messages:
         raise Malformed("messages", "at least one message is required")
@@ -401,11 +401,11 @@ async def messages(service: Service, exchange: Exchange) -> None:
     if call.max_tokens is None:
         raise Malformed("max_tokens", "is required")
     events = Events(call.model or "", exchange.request_id)
-    await service.answer(exchange, [request(call, model, service)], events, bool(call.stream))
+    await service.answer(exchange, [request(call, model)], events, bool(call.stream))
 
 
 async def count_tokens(service: Service, exchange: Exchange) -> None:
     call = fields.decode(calls, await exchange.body())
     model = await service.find(call.model or "")
-    count = await service.count(exchange, request(call, model, service))
+    count = await service.count(exchange, request(call, model))
     await exchange.reply(200, encode({"input_tokens": count}))
