@@ -24,7 +24,9 @@ from conftest import Daemon
 from server_client import Background, Supervised, supervised, until
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from mlxd import ratelimit
 from mlxd.connections import CROWDED, MOST_OPEN, OTHER_FILES, room
+from mlxd.ratelimit import RateLimit
 
 HOST = b"Host: localhost\r\n"
 VERSION = b"GET /api/version HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -317,3 +319,52 @@ def test_rel_08_a_server_with_few_descriptors_outlives_a_crowd(daemon: Callable[
     told = running.status()
     assert told["server"]["pid"] == before["server"]["pid"]
     assert len(running.log("server")) <= 64 * 1024
+
+
+# --- too often ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_slides_and_what_is_refused_does_not_count() -> None:
+    limit = RateLimit(2, 10.0)
+    assert [limit.enter(b"a", now) for now in (0.0, 4.0)] == [0.0, 0.0]
+    assert [limit.enter(b"a", now) for now in (5.0, 9.0)] == [5.0, 1.0]
+    assert limit.enter(b"b", 5.0) == 0.0
+    assert limit.enter(b"a", 10.0) == 0.0
+    assert limit.enter(b"a", 10.0) == 4.0
+    assert [RateLimit(0, 10.0).enter(b"a", 0.0) for _ in range(3)] == [0.0] * 3
+
+
+def test_what_is_remembered_is_bounded_and_those_who_ask_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratelimit, "MOST_REMEMBERED", 100)
+    limit = RateLimit(3, 1e6)
+    for number in range(1000):
+        limit.enter(b"busy", float(number))
+        assert limit.enter(b"%d" % number, float(number)) == 0.0
+        assert sum(map(len, limit.times.values())) == limit.remembered <= 100
+    assert limit.enter(b"busy", 1000.0) > 0
+
+
+def test_a_client_is_the_holder_of_a_key_or_an_address() -> None:
+    def client(address: str, *headers: tuple[bytes, bytes]) -> bytes:
+        return ratelimit.client({"client": (address, 1), "headers": list(headers)})
+
+    assert client("127.0.0.1") == client("::1") == client("::ffff:127.0.0.1") == ratelimit.client({"client": None, "headers": []})
+    assert len({client("127.0.0.1"), client("192.168.1.2"), client("192.168.1.3")}) == 3
+    key = client("127.0.0.1", (b"authorization", b"Bearer one"))
+    assert key == client("192.168.1.2", (b"x-other", b""), (b"authorization", b"Bearer one"))
+    assert key != client("127.0.0.1", (b"x-api-key", b"two"))
+    assert b"one" not in key
+
+
+def test_who_asks_too_often_is_told_in_the_dialect_when_to_come_again_and_lists_and_health_are_free(home: Path) -> None:
+    with supervised(home, rate_limit={"max": 3, "window_s": 3600.0}) as server, server.client() as client:
+        call = {"model": "tiny", "messages": [{"role": "user", "content": "n=1"}], "stream": False}
+        assert [client.post("/api/chat", json=call).status_code for _ in range(3)] == [200] * 3
+        native, openai = client.post("/api/chat", json=call), client.post("/v1/chat/completions", json=call)
+        assert (native.status_code, native.json()) == (429, {"error": "more than 3 requests in 3600 s from this client"})
+        assert (openai.status_code, openai.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert 3000 < int(openai.headers["retry-after"]) <= int(native.headers["retry-after"]) <= 3600
+        for path in ("/health", "/health/live", "/api/tags", "/v1/models", "/api/version"):
+            assert client.get(path).status_code == 200
+        assert client.post("/api/show", json={"model": "tiny"}).status_code == 200
+        assert client.post("/api/chat", json=call, headers={"Authorization": "Bearer other"}).status_code == 200

@@ -23,6 +23,7 @@ from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, E
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, chat_template
 from mlxd.pool import Engine, Pool, keep_alive_s
+from mlxd.ratelimit import RateLimit
 
 
 class View(Filler, Protocol):
@@ -73,6 +74,7 @@ class Service:
         self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
         self.exchanges: set[Exchange] = set()
         self.uploads = Uploads(server.upload_bytes, server.body_s)
+        self.rate_limit = RateLimit(config.rate_limit.max, config.rate_limit.window_s)
         self.connections: Callable[[], int] = lambda: 0
         self.draining = False
         self.missing: list[str] = []
