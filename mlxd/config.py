@@ -21,6 +21,8 @@ from msgspec import Meta, Struct
 from mlxd.errors import ConfigError
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+#: Of something that happens at each request.
+Deadline = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 #: Go's notation, as Ollama's keep_alive has it ("5m", "1h30m"), or a number of seconds; negative: for ever.
@@ -41,6 +43,11 @@ class Server(Section, frozen=True):
     max_queue: Count = 512
     queue_wait_s: Seconds = 120.0
     request_s: Seconds = 3600.0
+    head_s: Deadline = 5.0
+    body_s: Deadline = 30.0
+    write_stall_s: Deadline = 30.0
+    max_idle: Count = 256
+    upload_bytes: Annotated[int, Meta(ge=0)] = 256 * 1024 * 1024
     drain_s: Seconds = 30.0
     poison_s: Seconds = 600.0
     ping_s: Seconds = 15.0  # proxies give up on a stream that is silent for 60 s

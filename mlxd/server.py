@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,11 +22,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health
+from mlxd import guard, health, ratelimit
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
 from mlxd.config import Config
+from mlxd.connections import MOST_OPEN, Connections, room
 from mlxd.errors import ConfigError, Refused
 from mlxd.link import ChildSettings, Link, beat, become_child, child_settings, join, reopen_log, serve
 from mlxd.messages import (
@@ -42,9 +44,9 @@ from mlxd.messages import (
     SupervisorWord,
 )
 
-#: Our own cap on connections, answered in JSON, lies below uvicorn's, which is not.
+#: More connections than this are answered in JSON; more than connections.MOST_OPEN are not heard, so that uvicorn's own limit,
+#: which is plain text for health, too, is never met.
 MOST_CONNECTIONS = 960
-LIMIT_CONCURRENCY = 1024
 #: h11 gives up on a head of more than this; the guard, which says so in JSON, at a quarter of it.
 MAX_HEAD_BYTES = 64 * 1024
 #: A drain keeps idle connections this long: whoever uses them meanwhile is told to come again by `Connection: close`.
@@ -112,7 +114,7 @@ class App:
         if scope["type"] != "http":
             await self.router(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self.service.uploads)
         self.service.exchanges.add(exchange)
         try:
             await self.handle(exchange)
@@ -141,6 +143,7 @@ class App:
         if service.connections() > MOST_CONNECTIONS and not scope["path"].startswith("/health"):
             exchange.headers.append((b"connection", b"close"))
             raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
+        self.limit(scope)
         scope["exchange"] = exchange
         scope["app"] = self  # so that the router raises for 404 and 405 rather than answer in plain text
         try:
@@ -148,6 +151,13 @@ class App:
         except HTTPException as error:
             exchange.headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
             raise Refused(error.status_code, NO_ROUTE[error.status_code].format(**scope), code="no_route") from None
+
+    def limit(self, scope: Scope) -> None:
+        """Raises Refused when this client has asked too often."""
+        limit = self.service.rate_limit
+        if ratelimit.counts(scope) and (wait_s := limit.enter(ratelimit.client(scope), self.service.pool.clock())):
+            message = f"more than {limit.most} requests in {limit.window_s:g} s from this client"
+            raise Refused(429, message, code="rate_limit_exceeded", retry_s=wait_s)
 
 
 NO_ROUTE = {404: "there is nothing at this path", 405: "{method} is not a method of this path"}
@@ -216,10 +226,12 @@ class Process:
         self.settings = settings
         self.link = link
         self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
+        most, at_once = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.connections = Connections(settings.config.server, most)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),
-                http="h11",
+                http=self.connections,  # type: ignore[arg-type]  # what makes a protocol will do
                 loop="asyncio",
                 ws="none",
                 lifespan="on",
@@ -230,9 +242,9 @@ class Process:
                 access_log=False,
                 log_config=None,
                 log_level="error",
-                backlog=LIMIT_CONCURRENCY,
+                backlog=at_once,
                 timeout_keep_alive=120,
-                limit_concurrency=LIMIT_CONCURRENCY,
+                limit_concurrency=MOST_OPEN + 1,
                 timeout_graceful_shutdown=int(FAREWELL_S),
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ),
@@ -250,7 +262,7 @@ class Process:
         self.service.policy = guard.local_policy(
             config.server.origins, config.security.strict_host, on_loopback(config.server.host)
         )
-        self.service.connections = lambda: len(self.http.server_state.connections)
+        self.service.connections = lambda: len(self.connections.open)
         await self.service.preload()
         sockets = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
         tasks = [
@@ -267,6 +279,7 @@ class Process:
 
     def tick(self) -> None:
         self.service.sweep()
+        self.connections.sweep()
         self.http.tick()
 
     async def handle(self, word: SupervisorWord) -> None:

@@ -15,7 +15,7 @@ import openai
 import pytest
 from server_client import Background, Supervised, supervised, until
 
-from mlxd.api.exchange import Exchange
+from mlxd.api.exchange import Exchange, Uploads
 from mlxd.messages import EngineDown
 
 QUICK: dict[str, Any] = {"server": {"ping_s": 0.1}}
@@ -156,7 +156,7 @@ class Wire:
         self.sent: list[Any] = []
         self.room = asyncio.Event()
         self.room.set()
-        self.exchange = Exchange({"headers": []}, self.receive, self.send)
+        self.exchange = Exchange({"headers": []}, self.receive, self.send, Uploads(0, 60.0))
 
     async def receive(self) -> Any:
         await asyncio.Event().wait()

@@ -24,9 +24,6 @@ import pytest
 from known_answers import KNOWN
 from server_client import Background, Supervised, supervised, until
 
-from mlxd.api.exchange import Exchange
-from mlxd.api.service import WRITE_STALL_S, Service
-from mlxd.config import Config
 from mlxd.messages import Beat, Bye, Drain, EngineDown, Exited, ExitRecord, Hello, Ready, Release, Stop, Want
 
 
@@ -469,34 +466,6 @@ def test_a_client_that_does_not_read_costs_little_memory_and_no_neighbour(home: 
             assert content(ask(server, "n=5")) == words(5)
             assert process.memory_info().rss - before < 64 * 2**20
         until("a free slot", lambda: queue(server) == (0, 0), server.told)
-
-
-def test_a_client_that_takes_no_byte_for_too_long_is_taken_for_gone() -> None:
-    async def run() -> None:
-        service = Service(Config())
-        writing = asyncio.Event()
-
-        async def receive() -> Any:
-            await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
-                writing.set()
-                await asyncio.Event().wait()  # uvicorn, while the client's window is full
-
-        exchange = Exchange({"headers": []}, receive, send)
-        service.exchanges.add(exchange)
-        answer = asyncio.create_task(exchange.while_connected(exchange.reply(200, b"x")))
-        await writing.wait()
-        service.sweep()
-        assert not exchange.left
-        assert exchange.writing_since is not None
-        exchange.writing_since -= WRITE_STALL_S
-        service.sweep()
-        await answer
-        assert exchange.left
-
-    asyncio.run(run())
 
 
 # --- being replaced --------------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,28 @@ JSON = b"application/json"
 VERSION = (b"x-mlxd-version", mlxd.__version__.encode())
 
 
+#: Of each body, not counted against those of others: what uvicorn holds of any.
+SMALL_BYTES = 64 * 1024
+
+
+class Uploads:
+    """All bodies that are being read: what they may hold together, and how long each may take. One alone always has room."""
+
+    def __init__(self, most_bytes: int, most_s: float):
+        self.most_bytes = most_bytes
+        self.most_s = most_s
+        self.held_bytes = 0
+
+    def hold(self, held_bytes: int, body_bytes: int) -> int:
+        """What a body that has grown to `body_bytes` holds, in place of what it held. Raises Refused."""
+        wanted = max(0, body_bytes - SMALL_BYTES)
+        others = self.held_bytes - held_bytes
+        if others and wanted > held_bytes and others + wanted > self.most_bytes:
+            raise Refused(503, "too many large requests at once; please try again", code="too_many_uploads", retry_s=1)
+        self.held_bytes = others + wanted
+        return wanted
+
+
 class Filler(Protocol):
     """What a stream says when it has nothing to say."""
 
@@ -38,10 +60,11 @@ class Exchange:
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
     `filler`: None while the answer may still get a status of its own, or is no stream."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send):
+    def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
         self.scope = scope
         self.receive = receive
         self.send = send
+        self.uploads = uploads
         self.received_ns = time.monotonic_ns()
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
@@ -70,19 +93,29 @@ class Exchange:
     # --- in -------------------------------------------------------------------------------------------------------------------
 
     async def body(self) -> bytearray:
-        """The whole body. Raises Refused (413) as soon as it is too large, asyncio.CancelledError when the client left meanwhile."""
+        """The whole body. Raises Refused (408, 413, 503) as soon as it is too late, too large or too much beside others,
+        asyncio.CancelledError when the client left meanwhile."""
         body = bytearray()
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                self.left = True
-                raise asyncio.CancelledError
-            body += message["body"]
-            if len(body) > MAX_BODY_BYTES:
-                raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-            if not message["more_body"]:
-                self.body_bytes = len(body)
-                return body
+        held_bytes = 0
+        try:
+            async with asyncio.timeout(self.uploads.most_s):
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        self.left = True
+                        raise asyncio.CancelledError
+                    body += message["body"]
+                    if len(body) > MAX_BODY_BYTES:
+                        raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+                    held_bytes = self.uploads.hold(held_bytes, len(body))
+                    if not message["more_body"]:
+                        self.body_bytes = len(body)
+                        return body
+        except TimeoutError:
+            self.headers.append((b"connection", b"close"))
+            raise Refused(408, f"the body did not arrive within {self.uploads.most_s:g} s") from None
+        finally:
+            self.uploads.held_bytes -= held_bytes
 
     async def while_connected(self, work: Awaitable[None]) -> None:
         """Await `work` unless the client leaves first (uvicorn speaks ASGI 2.3: `send` to one that left returns silently).

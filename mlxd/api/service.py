@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from mlxd import guard
 from mlxd.admission import Admission, Priority
 from mlxd.aliases import Aliases
-from mlxd.api.exchange import Exchange, Filler
+from mlxd.api.exchange import Exchange, Filler, Uploads
 from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
@@ -26,9 +26,7 @@ from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, E
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
-
-#: A client that takes no byte for this long is taken for gone.
-WRITE_STALL_S = 30.0
+from mlxd.ratelimit import RateLimit
 
 T = TypeVar("T")
 
@@ -82,6 +80,8 @@ class Service:
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
         self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
         self.exchanges: set[Exchange] = set()
+        self.uploads = Uploads(server.upload_bytes, server.body_s)
+        self.rate_limit = RateLimit(config.rate_limit.max, config.rate_limit.window_s)
         self.connections: Callable[[], int] = lambda: 0
         self.draining = False
         self.missing: list[str] = []
@@ -243,12 +243,9 @@ class Service:
         )
 
     def sweep(self) -> None:
-        """Once a second: models that nobody uses, clients that do not read, streams that have been silent for long."""
+        """Once a second: models that nobody uses, streams that have been silent for long."""
         self.pool.sweep()
-        stalled = self.pool.clock() - WRITE_STALL_S
         for exchange in list(self.exchanges):
-            if exchange.writing_since is not None and exchange.writing_since < stalled:
-                exchange.abandon()
             exchange.fill(self.config.server.ping_s)
 
 
