@@ -14,6 +14,8 @@ import msgspec
 from mlxd.errors import MlxdError
 
 INDEX = "model.safetensors.index.json"
+#: What `model_type` says of models that only embed; our own `engine/bert.py` runs them.
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 #: Keys whose presence means that the model cannot work without running code that came with it (CVE-2026-5843 is one of them).
 CODE_KEYS = ("model_file", "trust_remote_code", "custom_pipelines")
@@ -29,19 +31,32 @@ class Broken(MlxdError):
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file. Raises Broken."""
+    value = read_value(path)
+    if not isinstance(value, dict):
+        raise Broken(f"{path.name} is not a JSON object; mend it or download the model again")
+    return value
+
+
+def read_list(path: Path) -> list[Any]:
+    """A list from a file. Raises Broken."""
+    value = read_value(path)
+    if not isinstance(value, list):
+        raise Broken(f"{path.name} is not a JSON list; mend it or download the model again")
+    return value
+
+
+def read_value(path: Path) -> Any:
+    """Raises Broken."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise Broken(f"{path.name} is too large to be true; download the model again")
-        value = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         raise Broken(f"{path.name} is missing; download the model again") from None
     except OSError as error:
         raise Broken(f"{path.name} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Broken(f"{path.name} is not valid JSON: {error}; mend it or download the model again") from None
-    if not isinstance(value, dict):
-        raise Broken(f"{path.name} is not a JSON object; mend it or download the model again")
-    return value
 
 
 def refuse_code(name: str, found: Any) -> None:

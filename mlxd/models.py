@@ -18,7 +18,7 @@ from msgspec import Struct
 
 import mlxd
 from mlxd.errors import Refused
-from mlxd.modelfiles import MAX_JSON_BYTES, Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.modelfiles import ENCODERS, MAX_JSON_BYTES, Broken, check_tokenizer, read_json, read_weights, refuse_code
 
 BUILTIN = "mlxd-tiny:latest"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
@@ -30,7 +30,7 @@ DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32,
 
 class Model(Struct, frozen=True):
     """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits
-    over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say."""
+    over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say. `embeds`: it does nothing else."""
 
     name: str
     directory: Path
@@ -43,6 +43,7 @@ class Model(Struct, frozen=True):
     context_length: int
     embedding_length: int
     thinks: bool
+    embeds: bool
 
     @property
     def builtin(self) -> bool:
@@ -220,6 +221,7 @@ def read_model(name: str, directory: Path) -> Model:
         context_length=whole(text.get("max_position_embeddings")),
         embedding_length=whole(text.get("hidden_size")),
         thinks=thinks(directory, settings.get("tokenizer_config.json", {})),
+        embeds=config.get("model_type") in ENCODERS,
     )
 
 
