@@ -56,7 +56,12 @@ def thinks(vocabulary: Vocabulary) -> bool:
 
 
 def inserts(vocabulary: Vocabulary) -> bool:
-    return any(all(map(vocabulary, marks)) for marks in FILLING)
+    return filling(vocabulary) is not None
+
+
+def filling(vocabulary: Vocabulary) -> tuple[str, str, str] | None:
+    """The marks by which a model writes what stands between two texts: before the first, the second and the gap. None: it has none."""
+    return next((marks for marks in FILLING if all(map(vocabulary, marks))), None)
 
 
 def calls(model_type: str, tokenizer_config: dict[str, Any], templates: Templates, vocabulary: Vocabulary) -> bool:

@@ -147,7 +147,7 @@ class Entry:
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
         if request.inputs is not None:
-            return Embed(job=job, inputs=request.inputs, truncate=request.truncate)
+            return Embed(job=job, inputs=request.inputs, truncate=request.truncate, num_ctx=request.num_ctx)
         known = self.prompt_ids is not None  # what an engine once tokenised is not rendered again
         return Submit(
             job=job,

@@ -265,11 +265,13 @@ class Submit(Struct, tag="submit", kw_only=True):
 
 
 class Embed(Struct, tag="embed", kw_only=True):
-    """One job: a vector for each text (or list of tokens). Without `truncate` a text that is longer than the context fails the job."""
+    """One job: a vector for each text (or list of tokens). Without `truncate` a text that is longer than the context fails the job.
+    `num_ctx` None: the model's own context."""
 
     job: int
     inputs: list[str | list[int]]
     truncate: bool = True
+    num_ctx: int | None = None
 
 
 class Cancel(Struct, tag="cancel"):

@@ -5,7 +5,7 @@ The server asks when it lists models, the engine again when it loads one. Pure P
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,11 @@ import msgspec
 from mlxd.errors import MlxdError
 
 INDEX = "model.safetensors.index.json"
+#: What `model_type` says of models that only embed; our own `engine/bert.py` runs them.
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
 #: Keys whose presence means that the model cannot work without running code that came with it (CVE-2026-5843 is one of them).
 CODE_KEYS = ("model_file", "trust_remote_code", "custom_pipelines")
-#: Tokens before the text, before what follows the gap, and before what fills it: Qwen, StarCoder, CodeLlama, DeepSeek.
-INSERT_MARKS = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
-    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
-)
 #: The format's own bound on a header (safetensors, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 #: tokenizer.json of the largest vocabularies is some 35 MB.
@@ -36,19 +31,32 @@ class Broken(MlxdError):
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file. Raises Broken."""
+    value = read_value(path)
+    if not isinstance(value, dict):
+        raise Broken(f"{path.name} is not a JSON object; mend it or download the model again")
+    return value
+
+
+def read_list(path: Path) -> list[Any]:
+    """A list from a file. Raises Broken."""
+    value = read_value(path)
+    if not isinstance(value, list):
+        raise Broken(f"{path.name} is not a JSON list; mend it or download the model again")
+    return value
+
+
+def read_value(path: Path) -> Any:
+    """Raises Broken."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise Broken(f"{path.name} is too large to be true; download the model again")
-        value = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         raise Broken(f"{path.name} is missing; download the model again") from None
     except OSError as error:
         raise Broken(f"{path.name} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Broken(f"{path.name} is not valid JSON: {error}; mend it or download the model again") from None
-    if not isinstance(value, dict):
-        raise Broken(f"{path.name} is not a JSON object; mend it or download the model again")
-    return value
 
 
 def refuse_code(name: str, found: Any) -> None:
@@ -62,11 +70,6 @@ def refuse_code(name: str, found: Any) -> None:
     elif isinstance(found, list):
         for value in found:
             refuse_code(name, value)
-
-
-def fill_in_the_middle(vocabulary: Container[str]) -> tuple[str, str, str] | None:
-    """The marks by which a model writes what stands between two texts; None when it has none."""
-    return next((marks for marks in INSERT_MARKS if all(mark in vocabulary for mark in marks)), None)
 
 
 def check_tokenizer(names: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from mlxd import abilities
 from mlxd.aliases import Alias, Aliases, Parameters
 from mlxd.errors import Refused
 from mlxd.messages import Sampling
-from mlxd.modelfiles import Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.modelfiles import ENCODERS, Broken, check_tokenizer, read_json, read_weights, refuse_code
 
 BUILTIN = "mlxd-tiny:latest"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
@@ -42,7 +42,8 @@ MAX_LICENSE_BYTES = 64 * 1024
 class Model(Struct, frozen=True):
     """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits
     over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say. `thinks`, `calls` functions, `inserts`
-    text before other text: what it can do. `alias`, `base`: under a name that is not its own, that and the model itself."""
+    text before other text: what it can do; `embeds`: it does nothing else. `alias`, `base`: under a name that is not its own, that and the
+    model itself."""
 
     name: str
     directory: Path
@@ -57,6 +58,7 @@ class Model(Struct, frozen=True):
     thinks: bool
     calls: bool = False
     inserts: bool = False
+    embeds: bool = False
     alias: Alias | None = None
     base: Model | None = None
 
@@ -333,6 +335,7 @@ def read_model(name: str, directory: Path) -> Model:
         thinks=abilities.thinks(vocabulary),
         calls=abilities.calls(str(config.get("model_type")), tokenizer, abilities.read_templates(directory), vocabulary),
         inserts=abilities.inserts(vocabulary),
+        embeds=config.get("model_type") in ENCODERS,
     )
 
 

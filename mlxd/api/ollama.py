@@ -14,13 +14,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mlxd.aliases import Parameters
-from mlxd.api import fields
+from mlxd.api import fields, vectors
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import MOST, NULL, Budget, Fraction, Integer, Malformed, Penalty, StopStrings, Temperature, whole
+from mlxd.api.fields import MOST, NULL, Budget, Fraction, Integer, Malformed, Penalty, Positive, StopStrings, Temperature, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Answered, Request, Summary
-from mlxd.messages import Call, Format, Logprob, Sampling, Token, TokenLogprob
+from mlxd.messages import Call, Embedded, Format, Logprob, Sampling, Token, TokenLogprob
 from mlxd.models import Model, chat_template, license_text, read_tensors
 from mlxd.pool import Engine, keep_alive_s
 
@@ -582,5 +582,72 @@ def described(model: Model) -> dict[str, Any]:
 
 
 def capabilities(model: Model) -> list[str]:
+    if model.embeds:
+        return ["embedding"]
     can = {"completion": True, "tools": model.calls, "insert": model.inserts, "thinking": model.thinks}
     return [name for name, able in can.items() if able]
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------------------
+
+
+class Embed(Struct):
+    model: str | None = None
+    input: str | list[str] | None = None
+    truncate: bool | None = None
+    dimensions: Positive | None = None
+    keep_alive: float | str | None = None
+    options: Options | None = None
+
+
+class EmbedPrompt(Struct):
+    """The older call. Its answer is one vector."""
+
+    model: str | None = None
+    prompt: str | None = None
+    keep_alive: float | str | None = None
+    options: Options | None = None
+
+
+embeds = msgspec.json.Decoder(Embed)
+embed_prompts = msgspec.json.Decoder(EmbedPrompt)
+
+
+async def embed(service: Service, exchange: Exchange) -> None:
+    try:
+        call = parse(embeds, await exchange.body())
+    except Malformed as wrong:
+        if wrong.path.partition("[")[0] == "input":
+            raise Malformed("input", "invalid input type, it must be a string or a list of strings") from None
+        raise
+    dimensions = whole("dimensions", call.dimensions)
+    found, load_ns = await embedded(service, exchange, call, [call.input] if isinstance(call.input, str) else call.input or [])
+    figures = {"total_duration": max(exchange.age_ns(), load_ns), "load_duration": load_ns, "prompt_eval_count": found.tokens}
+    head = b'{"model":' + encode(call.model) + b',"embeddings":['
+    lists = (vectors.as_list(vectors.numbers(vector, dimensions)) for vector in found.vectors)
+    await vectors.reply(exchange, head, lists, b"]," + encode(figures)[1:], WHOLE_JSON)
+
+
+async def embeddings(service: Service, exchange: Exchange) -> None:
+    call = parse(embed_prompts, await exchange.body())
+    found, _ = await embedded(service, exchange, call, [call.prompt or ""])
+    vector = vectors.as_list(vectors.numbers(found.vectors[0])) if found.vectors else b"[]"
+    await exchange.reply(200, b'{"embedding":' + vector + b"}", WHOLE_JSON)
+
+
+async def embedded(service: Service, exchange: Exchange, call: Embed | EmbedPrompt, texts: list[str]) -> tuple[Embedded, int]:
+    """The vectors, and how long the model took to be ready, in ns. Nothing to embed only loads the model, or unloads it with keep_alive 0.
+    Raises Refused."""
+    window = integer(call.options or Options(), "num_ctx")
+    model = await service.find(call.model or "")
+    seconds = keep_alive_s(call.keep_alive)
+    if texts in ([], [""]):
+        return Embedded(0, [], 0), await service.load(exchange, model, seconds)
+    request = Request(
+        model=model,
+        inputs=vectors.bounded(texts),
+        truncate=isinstance(call, EmbedPrompt) or call.truncate is not False,
+        num_ctx=max(4, window) if window and window > 0 else service.config.models.context_length or None,
+        keep_alive_s=seconds,
+    )
+    return await service.embed(exchange, request)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from mlxd.api import fields
+from mlxd.api import fields, vectors
 from mlxd.api.exchange import Exchange
 from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, Penalty, Positive, StopStrings, whole
 from mlxd.api.service import Service
@@ -608,3 +608,52 @@ def described(model: Model) -> dict[str, Any]:
         "display_name": model.name.removesuffix(":latest"),
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------------------
+
+
+class Embeddings(Struct):
+    """`input`: a text, several, the tokens of one, or those of several."""
+
+    model: str | None = None
+    input: str | list[str | Integer | list[Integer]] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+
+
+embeds = msgspec.json.Decoder(Embeddings)
+
+
+async def embeddings(service: Service, exchange: Exchange) -> None:
+    call = fields.decode(embeds, await exchange.body())
+    dimensions = whole("dimensions", call.dimensions)
+    model = await service.find(call.model or "")
+    request = Request(model=model, inputs=vectors.bounded(inputs(call.input)), num_ctx=service.config.models.context_length or None)
+    found, _ = await service.embed(exchange, request)
+    render = vectors.as_base64 if call.encoding_format == "base64" else vectors.as_list
+    entries = (
+        b'{"object":"embedding","index":%d,"embedding":%b}' % (index, render(vectors.numbers(vector, dimensions)))
+        for index, vector in enumerate(found.vectors)
+    )
+    used = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
+    tail = b"]," + encode({"model": call.model, "usage": used})[1:]
+    await vectors.reply(exchange, b'{"object":"list","data":[', entries, tail, JSON)
+
+
+def inputs(given: str | list[Any] | None) -> list[str | list[int]]:
+    """What is to be embedded, at least one. Raises Malformed."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise Malformed("input", "invalid input: at least one text is required")
+    if isinstance(given[0], (int, float)):
+        return [tokens(given, "input")]
+    return [item if isinstance(item, str) else tokens(item, f"input[{index}]") for index, item in enumerate(given)]
+
+
+def tokens(given: Any, path: str) -> list[int]:
+    """Raises Malformed on anything but a list of whole numbers, one at least."""
+    if not isinstance(given, list) or not given or not all(isinstance(token, (int, float)) for token in given):
+        raise Malformed(path, "invalid input: expected a text or a list of tokens, all of one kind")
+    return [token if isinstance(token, int) else whole(f"{path}[{index}]", token) or 0 for index, token in enumerate(given)]

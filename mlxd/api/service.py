@@ -151,6 +151,9 @@ class Service:
     async def answer(self, exchange: Exchange, requests: list[Request], view: View, stream: bool) -> None:
         """Serve requests of one model, each a choice of one answer, to their end, or until their client leaves. Raises Refused before the
         first byte."""
+        if requests[0].model.embeds:
+            asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
+            raise Refused(400, f"{requests[0].model.name.removesuffix(':latest')} does not support {asked}")
         answer = StreamedAnswer(exchange, view, len(requests)) if stream else WholeAnswer(exchange, view, len(requests))
         try:
             await self.serve(exchange, requests, answer.tell, view if stream else None)
@@ -166,6 +169,8 @@ class Service:
 
         async def tell(choice: int, entry: Entry, event: Event) -> None:
             if isinstance(event, Embedded):
+                if entry.resumes:
+                    exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
                 ended.append((event, max(1, entry.submitted_ns - entry.received_ns)))
 
         await self.serve(exchange, [request], tell)

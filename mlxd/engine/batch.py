@@ -13,6 +13,7 @@ import resource
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,11 +27,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as row_caches
 
 from mlxd.config import Config
+from mlxd.engine import bert
+from mlxd.engine.embedding import Embedder, Texts, read_pooling
 from mlxd.engine.prefix import PrefixIndex
 from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
 from mlxd.messages import Counters, Load, Sampling
-from mlxd.modelfiles import Broken
+from mlxd.modelfiles import ENCODERS, Broken
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +76,15 @@ class Row:
 
 @dataclass(slots=True)
 class Opened:
-    """The model is loaded and one token came out of it. `context_length` in tokens; there is no token `vocabulary_size` or above."""
+    """The model is loaded and one token came out of it. `context_length` in tokens; there is no token `vocabulary_size` or above.
+    `vector_length`: numbers in an embedding; 0: it gives none, and `no_vectors` says why. `generates` False: it gives nothing else."""
 
     tokenizer: Any
     context_length: int
     vocabulary_size: int
+    vector_length: int = 0
+    no_vectors: str = ""
+    generates: bool = True
 
 
 @dataclass(slots=True)
@@ -93,7 +100,8 @@ class Tick:
     """What one step brought. Times: of the monotonic clock, ns.
 
     `accepted`: rows and how many of their tokens the prefix index supplied. `progress`: rows, tokens prefilled so far, of all.
-    `tokens`: rows, the token, and why it is the last ("stop": it is an end token, "length") or None.
+    `tokens`: rows, the token, and why it is the last ("stop": it is an end token, "length") or None. `read`: texts to be embedded and how
+    many of their tokens are read; `embedded`: those that have their vectors.
     """
 
     began_ns: int
@@ -101,12 +109,14 @@ class Tick:
     accepted: list[tuple[Row, int]] = field(default_factory=list)
     progress: list[tuple[Row, int, int]] = field(default_factory=list)
     tokens: list[tuple[Row, int, str | None]] = field(default_factory=list)
+    read: list[tuple[Texts, int]] = field(default_factory=list)
+    embedded: list[Texts] = field(default_factory=list)
 
 
 class Batch:
     """`post` is called in the model thread and must not block. `counters` are plain numbers; any thread may read them.
 
-    `admitted`: rows ever given to the model thread, a number of the thread that gives them; `left`: those of them that it has done with.
+    `admitted`: rows and texts ever given to the model thread, a number of the thread that gives them; `left`: those that it has done with.
     A model thread that hangs leaves a difference, whatever it hangs in, and whether or not anybody still waits for those rows.
     """
 
@@ -116,8 +126,10 @@ class Batch:
         self.counters = Counters()
         self.inbox: queue.SimpleQueue[Callable[[Tick], None]] = queue.SimpleQueue()
         self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row
+        self.texts: deque[tuple[Texts, Iterator[int], int]] = deque()  # with the work on them, and how many tokens it has read
         self.prefixes = PrefixIndex(0)  # until the model is loaded and says how much
-        self.generator: Any = None
+        self.generator: Any = None  # also when the model only embeds
+        self.embedder: Embedder | None = None
         self.snapshots = False
         self.prefill_tokens = config.engine.prefill_tokens
         self.admitted = self.left = 0
@@ -141,9 +153,17 @@ class Batch:
         self.admitted += 1
         self.inbox.put(partial(self.insert, row))
 
-    def drop(self, row: Row) -> None:
-        """Free the row's place; harmless when it has ended."""
-        self.inbox.put(partial(self.remove, row))
+    def embed(self, texts: Texts) -> None:
+        """Only if the model gives vectors."""
+        self.admitted += 1
+        self.inbox.put(partial(self.begin, texts))
+
+    def drop(self, row: Row | Texts) -> None:
+        """Free its place; harmless when it has ended."""
+        if isinstance(row, Texts):
+            row.wanted = False
+        else:
+            self.inbox.put(partial(self.remove, row))
 
     def probe(self) -> None:
         """One token of our own, to see whether the model thread still gives any."""
@@ -156,7 +176,7 @@ class Batch:
         """Never returns, unless it posts `Ended`: MLX's state after an exception is not to be trusted."""
         try:
             opened = self.open(load, view)
-            with mx.stream(self.generator.stream):
+            with mx.stream(self.generator.stream if self.generator else mx.default_device()):
                 self.warm_up(opened.tokenizer)
                 self.post(opened)
                 while True:
@@ -171,26 +191,38 @@ class Batch:
 
     def open(self, load: Load, view: Path) -> Opened:
         """Load the model. Raises Broken when it never will."""
-        make_view(Path(load.directory), view)
+        config = make_view(Path(load.directory), view)
+        encodes = config["model_type"] in ENCODERS
         mx.set_memory_limit(self.config.engine.memory_limit or psutil.virtual_memory().total * 3 // 4)
         try:
-            model, config = mlx_lm.utils.load_model(view, lazy=True)
+            model, config = (bert.load(view, config), config) if encodes else mlx_lm.utils.load_model(view, lazy=True)
             tokenizer = mlx_lm.utils.load_tokenizer(view, eos_token_ids=config.get("eos_token_id"))  # as mlx_lm.load does
             for _, weight in tree_flatten(model.parameters()):
                 mx.eval(weight)
                 self.counters.loaded += weight.nbytes
-        except MemoryError:
+        except (MemoryError, Broken):
             raise
         except Exception as error:
             if any(sign in str(error) for sign in PASSING):
                 if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
                     raise MemoryError(f"address space is limited (ulimit -v): {error}") from error
                 raise
-            raise Broken(f"mlx-lm cannot load it: {type(error).__name__}: {error}") from error
+            raise Broken(f"{'mlxd' if encodes else 'mlx-lm'} cannot load it: {type(error).__name__}: {error}") from error
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
         tuning = load.tuning
-        most = tuning.max_concurrent or self.config.server.max_concurrent
         self.prefill_tokens = tuning.prefill_tokens or self.prefill_tokens
+        opened = Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer), generates=not encodes)
+        try:
+            self.embedder = Embedder(model, read_pooling(Path(load.directory)))
+            opened.vector_length = self.embedder.length
+        except Broken as error:
+            if encodes:
+                raise
+            opened.no_vectors = str(error)
+        if encodes:
+            opened.context_length = model.context_length
+            return opened
+        most = tuning.max_concurrent or self.config.server.max_concurrent
         prefix_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
         self.prefixes.max_bytes = int(prefix_bytes * tuning.cache_share)
         self.generator = generate.BatchGenerator(
@@ -202,7 +234,7 @@ class Batch:
         )
         self.generator.close()  # puts the wired limit back, which making it has set, and is all that it does
         self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
-        return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
+        return opened
 
     def warm_up(self, tokenizer: Any) -> None:
         """Generate one token. Raises Broken when the model's parts do not fit together."""
@@ -218,7 +250,13 @@ class Batch:
         gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
 
     def one_token(self) -> Iterator[None]:
-        """Generate one token for nobody, step by step, in a generator that has no rows. Neither prefixes nor counters see it."""
+        """Generate one token for nobody, step by step, in a generator that has no rows; embed one where there is none. Neither prefixes nor
+        counters see it."""
+        if self.generator is None:
+            assert self.embedder is not None
+            for _ in self.embedder.embed(Texts(None, [list(self.greeting)]), self.prefill_tokens):
+                yield
+            return
         self.generator.prefill_batch_size = self.generator.completion_batch_size  # the last step may have left no room for prompts
         self.generator.insert([list(self.greeting)], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(self.greeting))])
         while not self.generator.next()[1]:
@@ -227,12 +265,15 @@ class Batch:
     def turn(self) -> None:
         """Take what is in the inbox, waiting for it if there is nothing to do, and step."""
         tick = Tick(time.monotonic_ns())
-        while not self.rows or not self.inbox.empty():
-            if not self.rows and self.inbox.empty():
+        while not (self.rows or self.texts) or not self.inbox.empty():
+            if not (self.rows or self.texts) and self.inbox.empty():
                 mx.clear_cache()  # an idle engine keeps no buffers
             self.inbox.get()(tick)
         tick.began_ns = time.monotonic_ns()
-        self.step(tick)
+        if self.texts:
+            self.read(tick)
+        if self.rows:
+            self.step(tick)
         tick.ended_ns = time.monotonic_ns()
         self.post(tick)
 
@@ -254,12 +295,30 @@ class Batch:
         self.counters.finished += 1
         self.left += 1
 
+    def begin(self, texts: Texts, tick: Tick) -> None:
+        assert self.embedder is not None
+        self.texts.append((texts, self.embedder.embed(texts, self.prefill_tokens), 0))
+
     def sing(self, tick: Tick) -> None:
         """The canary. With rows in the batch there is work that shows as much."""
-        if not self.rows:
+        if not (self.rows or self.texts):
             for _ in self.one_token():
                 pass
         self.counters.canaries += 1
+        self.left += 1
+
+    def read(self, tick: Tick) -> None:
+        """One piece, of the texts that have waited longest for one."""
+        texts, work, done = self.texts.popleft()
+        tokens = next(work, None) if texts.wanted else None
+        if tokens is not None:
+            self.counters.prefilled += tokens
+            tick.read.append((texts, done + tokens))
+            self.texts.append((texts, work, done + tokens))
+            return
+        if texts.wanted:
+            tick.embedded.append(texts)
+        self.counters.finished += 1
         self.left += 1
 
     def step(self, tick: Tick) -> None:

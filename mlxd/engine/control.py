@@ -116,6 +116,7 @@ class Engine:
             running=running,
             waiting=service.unprepared.qsize() if service else 0,
             prefilling=max(0, running - batch.decoding),
+            loaded=batch.counters.loaded + (service.slices if service else 0),
             finished=batch.counters.finished + (service.rowless if service else 0),
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),

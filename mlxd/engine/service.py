@@ -17,10 +17,11 @@ import msgspec
 from mlxd import messages
 from mlxd.engine.answer import Answer, Called, Piece
 from mlxd.engine.batch import Batch, Opened, Row, Tick
+from mlxd.engine.embedding import Texts
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Call, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token
+from mlxd.messages import Accepted, Call, Cancel, Done, Embed, Embedded, Event, Failed, Loaded, Progress, Step, Submit, Token
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ MAX_UNREAD_BYTES = 64 * 1024 * 1024
 #: 1 MB takes a second to tokenise, and truncation may do it four times; what is too long to be tokenised is only rendered.
 TEXT_S_PER_BYTE = 4e-6
 RENDER_S_PER_BYTE = 2e-7
+#: Texts to be embedded are tokenised so many bytes at a time: prompts that come meanwhile do not wait for all of them.
+SLICE_BYTES = 64 * 1024
+#: What vectors leave of a frame for the rest of it.
+FRAME_MARGIN_BYTES = 1024 * 1024
 #: No single text may take longer: an engine that has work and shows nothing for 120 s is taken for stalled.
 MOST_TEXT_S = 100.0
 
@@ -40,7 +45,7 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.reader = reader
         self.writer = writer
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, Job | EmbedJob] = {}
         self.events: list[Event] = []
         self.read_bytes = 0
 
@@ -102,12 +107,36 @@ class Job:
                 ids = []
 
 
+class EmbedJob:
+    """Texts to be embedded, from their Embed to their last event. `ids`: of those that are tokenised; `row` is set once all of them are."""
+
+    row: Texts | None = None
+
+    def __init__(self, connection: Connection, submit: Embed):
+        self.connection = connection
+        self.submit = submit
+        self.ended = False
+        self.ids: list[list[int]] = []
+
+    def tell(self, event: Event) -> None:
+        self.connection.events.append(event)
+
+    def next_slice(self) -> tuple[int, int]:
+        """Where the texts that are tokenised next end, and how many bytes they are, about."""
+        size, end = 0, len(self.ids)
+        while end < len(self.submit.inputs) and size < SLICE_BYTES:
+            size += 4 * len(self.submit.inputs[end])
+            end += 1
+        return end, size
+
+
 class Service:
     """`overdue` is called once, when the text of one request took longer than `text_s` and what its size allows: the text thread cannot
     be had back."""
 
     def __init__(self, batch: Batch, opened: Opened, loaded: Loaded, text_s: float, overdue: Callable[[str], None]):
         self.batch = batch
+        self.opened = opened
         self.tokenizer = opened.tokenizer
         self.prompter = Prompter(opened.tokenizer, opened.context_length, opened.vocabulary_size)
         self.loaded = loaded
@@ -115,10 +144,11 @@ class Service:
         self.overdue = overdue
         self.listener: asyncio.Server | None = None
         self.connections: set[Connection] = set()
-        self.unprepared: asyncio.Queue[Job] = asyncio.Queue()
+        self.unprepared: asyncio.Queue[Job | EmbedJob] = asyncio.Queue()
         self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self.job_ended = asyncio.Event()
         self.rowless = 0  # jobs that ended without a row in the batch
+        self.slices = 0  # of texts to be embedded, tokenised
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -156,11 +186,24 @@ class Service:
                 self.end(job)
         elif message.job in connection.jobs:
             raise ValueError(f"job {message.job} was submitted twice")
-        elif isinstance(message, Embed):
-            connection.send(Step([Failed(message.job, 400, f"{self.loaded.model} does not support embeddings")]))
+        elif why := self.inability(message):
+            connection.send(Step([Failed(message.job, 400, why)]))
         else:
-            connection.jobs[message.job] = job = Job(connection, message)
-            self.unprepared.put_nowait(job)
+            made = EmbedJob(connection, message) if isinstance(message, Embed) else Job(connection, message)
+            connection.jobs[message.job] = made
+            self.unprepared.put_nowait(made)
+
+    def inability(self, message: Submit | Embed) -> str:
+        """Why this model cannot do that, whatever the text; "" when it can."""
+        opened, name = self.opened, self.loaded.model
+        if isinstance(message, Submit):
+            return "" if opened.generates else f"{name} does not support generate: it only embeds"
+        if opened.no_vectors:
+            return f"{name} does not support embeddings: {opened.no_vectors}"
+        most = (messages.MAX_FRAME_BYTES - FRAME_MARGIN_BYTES) // (4 * opened.vector_length)
+        return (
+            "" if len(message.inputs) <= most else f"input: at most {most} vectors of {opened.vector_length} numbers in one request"
+        )
 
     @property
     def unadmitted(self) -> int:
@@ -203,21 +246,34 @@ class Service:
                 self.admit(job)
             self.flush()
 
-    def limit_s(self, job: Job) -> float:
+    def limit_s(self, job: Job | EmbedJob) -> float:
         """How long the text of a job may take: no more of it is tokenised than could fit the context."""
+        if isinstance(job, EmbedJob):
+            return self.text_s + TEXT_S_PER_BYTE * job.next_slice()[1]
         tokenised = min(job.size_bytes, BYTES_PER_TOKEN * self.loaded.context_length)
         return min(self.text_s + TEXT_S_PER_BYTE * tokenised + RENDER_S_PER_BYTE * job.size_bytes, max(self.text_s, MOST_TEXT_S))
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Job | EmbedJob) -> None:
         """In the text thread. Raises Refused."""
+        if isinstance(job, EmbedJob):
+            job.ids += [self.prompter.text(job.submit, index) for index in range(len(job.ids), job.next_slice()[0])]
+            return
         job.prompt = self.prompter.prepare(job.submit)
         submit, prompt = job.submit, job.prompt
         job.answer = Answer(self.tokenizer, submit.stop, thinking=prompt.thinking, continued=prompt.continued, tools=submit.tools)
         for token in submit.emitted:  # what an earlier engine said; its text is with the client
             job.answer.feed(token)
 
-    def admit(self, job: Job) -> None:
+    def admit(self, job: Job | EmbedJob) -> None:
         if job.ended:
+            return
+        if isinstance(job, EmbedJob):
+            self.slices += 1
+            if len(job.ids) < len(job.submit.inputs):
+                self.unprepared.put_nowait(job)
+            else:
+                job.row = Texts(job, job.ids)
+                self.batch.embed(job.row)
             return
         submit, prompt = job.submit, job.prompt
         left = prompt.max_tokens - len(submit.emitted)
@@ -245,6 +301,16 @@ class Service:
             job = row.owner
             if not job.ended:
                 self.advance(job, token, reason, tick)
+        for texts, read in tick.read:
+            embedding: EmbedJob = texts.owner
+            if not embedding.ended:
+                embedding.tell(Progress(embedding.submit.job, read, texts.tokens))
+        for texts in tick.embedded:
+            embedding = texts.owner
+            if not embedding.ended:
+                embedding.tell(Embedded(embedding.submit.job, texts.vectors, texts.tokens))
+                del embedding.connection.jobs[embedding.submit.job]
+                self.end(embedding)
         self.flush()
 
     def advance(self, job: Job, token: int, reason: str | None, tick: Tick) -> None:
@@ -283,14 +349,14 @@ class Service:
         del job.connection.jobs[job.submit.job]
         self.end(job)
 
-    def fail(self, job: Job, status: int, message: str, code: str | None = None) -> None:
+    def fail(self, job: Job | EmbedJob, status: int, message: str, code: str | None = None) -> None:
         if job.ended:
             return
         job.tell(Failed(job.submit.job, status, message, code))
         del job.connection.jobs[job.submit.job]
         self.end(job)
 
-    def end(self, job: Job) -> None:
+    def end(self, job: Job | EmbedJob) -> None:
         """No more events of this job; its place in the batch, if it has one, is free."""
         job.ended = True
         if job.row is None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from mlxd.abilities import filling
 from mlxd.errors import Refused
-from mlxd.messages import Submit
-from mlxd.modelfiles import fill_in_the_middle
+from mlxd.messages import Embed, Submit
 
 Message = dict[str, Any]
 
@@ -57,15 +57,40 @@ class Prompter:
         ids = self.ids(submit, context)
         if not ids:
             raise Refused(400, "the prompt is empty")
-        for token in (max(ids), min(ids), max(submit.emitted, default=0), min(submit.emitted, default=0)):
-            if not 0 <= token < self.vocabulary_size:  # MLX would read beyond the embedding
-                raise Refused(400, f"{token} is not a token of this model, whose tokens are 0 to {self.vocabulary_size - 1}")
+        self.check_tokens(ids)
+        self.check_tokens(submit.emitted)
         room = context - len(ids)
         if room < 1:
             raise too_long(f"{len(ids)} tokens", context)
         most = room if submit.max_tokens is None else min(room, submit.max_tokens)
         continued = submit.continued if submit.prompt_ids is not None else not submit.messages or is_begun(submit.messages)
         return Prompt(ids, self.is_thinking(ids), continued, most)
+
+    def text(self, embed: Embed, index: int) -> list[int]:
+        """The tokens of one of the texts to be embedded, at least one. Raises Refused (400) when it is too long, or they are no tokens."""
+        context = min(self.context_length, embed.num_ctx or self.context_length)
+        text = embed.inputs[index]
+        if isinstance(text, list):
+            ids = text[:context] if embed.truncate else text
+            self.check_tokens(ids)
+        else:
+            data, most = text.encode(), context * BYTES_PER_TOKEN
+            if embed.truncate:  # the tokenizer keeps the marks that it puts around a text
+                text = data[:most].decode(errors="ignore")
+                ids = list(self.tokenizer.encode(text, add_special_tokens=True, truncation=True, max_length=context))
+            elif len(data) > most:
+                raise overlong(index, f"{len(data)} bytes", context)
+            else:
+                ids = self.encode(text, special=True)
+        if len(ids) > context:
+            raise overlong(index, f"{len(ids)} tokens", context)
+        return ids or [self.tokenizer.eos_token_id or 0]
+
+    def check_tokens(self, ids: list[int]) -> None:
+        """Raises Refused: MLX would read beyond the embedding."""
+        for token in (max(ids, default=0), min(ids, default=0)):
+            if not 0 <= token < self.vocabulary_size:
+                raise Refused(400, f"{token} is not a token of this model, whose tokens are 0 to {self.vocabulary_size - 1}")
 
     def ids(self, submit: Submit, context: int) -> list[int]:
         if submit.prompt_ids is not None:
@@ -93,7 +118,7 @@ class Prompter:
 
     def around(self, before: str, after: str, context: int) -> list[int]:
         """The prompt of a model that is to write what stands between two texts. Raises Refused when it never learned to."""
-        marks = fill_in_the_middle(self.tokenizer.get_vocab())
+        marks = filling(self.tokenizer.get_vocab().__contains__)
         if marks is None:
             raise Refused(400, "this model does not support insert: its vocabulary has no marks for it")
         self.check_bytes(before + after, context)
@@ -153,6 +178,10 @@ class Prompter:
 def too_long(length: str, context: int) -> Refused:
     message = f"input length ({length}) exceeds the model's maximum context length ({context} tokens)"
     return Refused(400, message, code="context_length_exceeded")  # OpenAI's word: clients shorten what they send
+
+
+def overlong(index: int, size: str, context: int) -> Refused:
+    return Refused(400, f"the input length exceeds the context length: input[{index}] has {size}, the model reads {context} tokens")
 
 
 # --- forms of a history ----------------------------------------------------------------------------------------------------

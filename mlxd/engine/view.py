@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mlxd.modelfiles import INDEX, Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.modelfiles import ENCODERS, INDEX, Broken, check_tokenizer, read_json, read_weights, refuse_code
 
 #: Linked into the view, besides the weights. No *.py, no pickle.
 DATA = {
@@ -90,6 +90,8 @@ def check_model_type(config: dict[str, Any]) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise Broken("config.json names no model_type; mlxd needs a model in MLX's format")
+    if model_type in ENCODERS:
+        return
     module = MODEL_REMAPPING.get(model_type, model_type)
     if not re.fullmatch(r"\w+", module) or importlib.util.find_spec(f"mlx_lm.models.{module}") is None:
         raise Broken(f"config.json has model_type {model_type!r}, which mlx-lm cannot run; use a text model that it supports")
