@@ -17,8 +17,6 @@ from server_client import Supervised, supervised
 import mlxd
 from mlxd import models
 from mlxd.api import anthropic, fields
-from mlxd.api.service import Service
-from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Request
 
@@ -39,7 +37,7 @@ def parsed(thinks: bool = True, calls: bool = True, **change: Any) -> Request:
     """The internal request for a model that can do these things."""
     model = msgspec.structs.replace(models.read_model(models.BUILTIN, BUILTIN_FILES), thinks=thinks, calls=calls)
     call = fields.decode(anthropic.calls, json.dumps(ask("hi") | change).encode())
-    return anthropic.request(call, model, Service(Config()))
+    return anthropic.request(call, model)
 
 
 def messages(*turns: Any, **more: Any) -> list[dict[str, Any]]:
