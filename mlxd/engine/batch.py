@@ -26,6 +26,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as row_caches
 
 from mlxd.config import Config
+from mlxd.engine.grammar import Grammars
+from mlxd.engine.logprobs import Odds
 from mlxd.engine.prefix import PrefixIndex
 from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
@@ -78,6 +80,7 @@ class Opened:
     tokenizer: Any
     context_length: int
     vocabulary_size: int
+    grammars: Grammars
 
 
 @dataclass(slots=True)
@@ -93,14 +96,16 @@ class Tick:
     """What one step brought. Times: of the monotonic clock, ns.
 
     `accepted`: rows and how many of their tokens the prefix index supplied. `progress`: rows, tokens prefilled so far, of all.
-    `tokens`: rows, the token, and why it is the last ("stop": it is an end token, "length") or None.
+    `tokens`: rows, the token, why it is the last ("stop": it is an end token, "length") or None, and its odds if they are asked for.
+    `failed`: rows that ended without a last token, and why, for the client.
     """
 
     began_ns: int
     ended_ns: int = 0
     accepted: list[tuple[Row, int]] = field(default_factory=list)
     progress: list[tuple[Row, int, int]] = field(default_factory=list)
-    tokens: list[tuple[Row, int, str | None]] = field(default_factory=list)
+    tokens: list[tuple[Row, int, str | None, Odds | None]] = field(default_factory=list)
+    failed: list[tuple[Row, str]] = field(default_factory=list)
 
 
 class Batch:
@@ -202,7 +207,7 @@ class Batch:
         )
         self.generator.close()  # puts the wired limit back, which making it has set, and is all that it does
         self.snapshots = not all(type(c) is row_caches.KVCache for c in row_caches.make_prompt_cache(model))
-        return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
+        return Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer), Grammars(tokenizer))
 
     def warm_up(self, tokenizer: Any) -> None:
         """Generate one token. Raises Broken when the model's parts do not fit together."""
@@ -281,13 +286,18 @@ class Batch:
                     self.prefixes.store(held, cache)
         for response in tokens:
             row = self.rows[response.uid]
-            tick.tokens.append((row, response.token, response.finish_reason))
+            odds = response.logprobs.read() if response.logprobs is not None else None
+            tick.tokens.append((row, response.token, response.finish_reason, odds))
             if response.finish_reason:
                 del self.rows[response.uid]
                 self.prefixes.store(response.all_tokens, response.prompt_cache)
                 self.counters.finished += 1
                 self.left += 1
         self.counters.emitted += len(tokens)
+        for row in list(self.rows.values()):
+            if row.draw.constraint is not None and row.draw.constraint.error:
+                tick.failed.append((row, row.draw.constraint.error))
+                self.remove(row, tick)
 
 
 def without_paths(text: str, load: Load, view: Path) -> str:

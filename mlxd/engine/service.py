@@ -17,10 +17,12 @@ import msgspec
 from mlxd import messages
 from mlxd.engine.answer import Answer, Piece
 from mlxd.engine.batch import Batch, Opened, Row, Tick
+from mlxd.engine.grammar import Constraint, is_constrained
+from mlxd.engine.logprobs import Odds, spelled
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token
+from mlxd.messages import Accepted, Cancel, Done, Embed, Event, Failed, Loaded, Progress, Step, Submit, Token, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,9 @@ class Job:
 
     prompt: Prompt
     answer: Answer
+    constraint: Constraint | None = None
     row: Row | None = None
+    compiling: asyncio.Task[None] | None = None
 
     def __init__(self, connection: Connection, submit: Submit):
         self.connection = connection
@@ -89,13 +93,13 @@ class Job:
     def tell(self, event: Event) -> None:
         self.connection.events.append(event)
 
-    def tell_pieces(self, ids: list[int], pieces: list[Piece]) -> None:
+    def tell_pieces(self, ids: list[int], pieces: list[Piece], logprobs: list[TokenLogprob]) -> None:
         """One Token, or as many as there are changes between thinking and answer; the first has the ids."""
         for text, thinking in pieces:
-            self.tell(Token(self.submit.job, ids, text, thinking))
-            ids = []
+            self.tell(Token(self.submit.job, ids, text, thinking, logprobs))
+            ids, logprobs = [], []
         if ids:
-            self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning"))
+            self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning", logprobs))
 
 
 class Service:
@@ -106,6 +110,8 @@ class Service:
         self.batch = batch
         self.tokenizer = opened.tokenizer
         self.prompter = Prompter(opened.tokenizer, opened.context_length, opened.vocabulary_size)
+        self.vocabulary_size = opened.vocabulary_size
+        self.grammars = opened.grammars
         self.loaded = loaded
         self.text_s = text_s
         self.overdue = overdue
@@ -113,6 +119,9 @@ class Service:
         self.connections: set[Connection] = set()
         self.unprepared: asyncio.Queue[Job] = asyncio.Queue()
         self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self.compiling = asyncio.Lock()
+        self.overlong: asyncio.Future[Constraint] | None = None  # a compilation whose request has got its answer, left to end
         self.job_ended = asyncio.Event()
         self.rowless = 0  # jobs that ended without a row in the batch
 
@@ -196,6 +205,33 @@ class Service:
                 log.exception("job %d has no prompt", job.submit.job)
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
             else:
+                if is_constrained(job.submit):
+                    job.compiling = asyncio.create_task(self.constrain(job))
+                else:
+                    self.admit(job)
+            self.flush()
+
+    async def constrain(self, job: Job) -> None:
+        """Compile the job's grammar, one after the other, and admit it. Jobs without a grammar do not wait for this."""
+        async with self.compiling:
+            if job.ended:
+                return
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self.grammar_thread, self.grammars.compile, job.submit, job.prompt)
+            try:
+                job.constraint = await asyncio.wait_for(asyncio.shield(work), self.text_s)
+            except TimeoutError:
+                message = f"the JSON schema or regular expression is too complex: compiling it took over {self.text_s:.1f} s"
+                self.fail(job, 400, message)
+                if self.overlong is not None and not self.overlong.done():
+                    self.overdue(message)
+                    return
+                work.add_done_callback(asyncio.Future.exception)  # or it would be an exception that nothing expects
+                self.overlong = work
+                self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            except Refused as refused:
+                self.fail(job, refused.status, refused.message)
+            else:
                 self.admit(job)
             self.flush()
 
@@ -206,6 +242,9 @@ class Service:
 
     def prepare(self, job: Job) -> None:
         """In the text thread. Raises Refused."""
+        for token in job.submit.sampling.logit_bias:
+            if not 0 <= token < self.vocabulary_size:  # MLX would write beyond the logits
+                raise Refused(400, f"logit_bias names token {token}, and this model's are 0 to {self.vocabulary_size - 1}")
         job.prompt = self.prompter.prepare(job.submit)
         job.answer = Answer(self.tokenizer, job.submit.stop, thinking=job.prompt.thinking, continued=job.prompt.continued)
         for token in job.submit.emitted:  # what an earlier engine said; its text is with the client
@@ -218,10 +257,11 @@ class Service:
         left = prompt.max_tokens - len(submit.emitted)
         if job.answer.stop_string is not None or left <= 0:
             job.tell(Accepted(submit.job, prompt.ids, 0, prompt.continued))
-            job.tell_pieces([], job.answer.finish())
+            job.tell_pieces([], job.answer.finish(), [])
             self.finish(job, "length")
             return
-        job.row = Row(job, prompt.ids + submit.emitted, Draw(submit.sampling, len(prompt.ids)), left)
+        draw = Draw(submit.sampling, len(prompt.ids), job.constraint, submit.top_logprobs)
+        job.row = Row(job, prompt.ids + submit.emitted, draw, left)
         self.batch.admit(job.row)
 
     def deliver(self, tick: Tick) -> None:
@@ -236,13 +276,15 @@ class Service:
             job.began_ns = job.began_ns or tick.began_ns
             if not job.ended:
                 job.tell(Progress(job.submit.job, done, total))
-        for row, token, reason in tick.tokens:
+        for row, token, reason, odds in tick.tokens:
             job = row.owner
             if not job.ended:
-                self.advance(job, token, reason, tick)
+                self.advance(job, token, reason, odds, tick)
+        for row, message in tick.failed:
+            self.fail(row.owner, 400, message)
         self.flush()
 
-    def advance(self, job: Job, token: int, reason: str | None, tick: Tick) -> None:
+    def advance(self, job: Job, token: int, reason: str | None, odds: Odds | None, tick: Tick) -> None:
         job.tokens += 1
         job.last_ns = tick.ended_ns
         job.first_ns = job.first_ns or tick.ended_ns
@@ -256,7 +298,7 @@ class Service:
         except Exception as error:  # a vocabulary with gaps has ids that stand for no text
             self.fail(job, 500, f"token {token} cannot be decoded: {type(error).__name__}: {error}")
             return
-        job.tell_pieces(ids, pieces)
+        job.tell_pieces(ids, pieces, [spelled(token, odds, self.grammars.raw)] if ids and odds else [])
         if ended:
             self.finish(job, "stop" if reason == "stop" else "length")
 
