@@ -27,7 +27,7 @@ VOCABULARY = 60
 
 def drawn(samplings: list[Sampling], logits: mx.array, position: int = 0) -> list[int]:
     """The tokens that rows with these samplings draw at `position`. `logits`: (rows, vocabulary)."""
-    plan = Plan([Draw(s, 5) for s in samplings], [4 + position] * len(samplings))
+    plan = Plan([Draw(s, 5) for s in samplings], [4 + position] * len(samplings), logits.shape[-1])
     return plan.draw(logits).tolist()  # type: ignore[return-value]
 
 
@@ -143,7 +143,7 @@ PINNED = ["0x1.c441500000000p-1", "0x1.7d54b00000000p-2", "0x1.dba85c0000000p-1"
 def test_a_plan_counts_positions_as_steps_pass() -> None:
     logits = random_logits(1, 2000)
     warm = Sampling(seed=4, temperature=1.5)
-    plan = Plan([Draw(warm, 5)], [4])
+    plan = Plan([Draw(warm, 5)], [4], 2000)
     stepped = [plan.draw(logits).item() for _ in range(8)]
     assert stepped == [drawn([warm], logits, position)[0] for position in range(8)]
     assert len(set(stepped)) > 4

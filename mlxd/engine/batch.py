@@ -29,6 +29,8 @@ from mlx_lm.models import cache as row_caches
 from mlxd.config import Config
 from mlxd.engine import bert
 from mlxd.engine.embedding import Embedder, Texts, read_pooling
+from mlxd.engine.grammar import Grammars
+from mlxd.engine.logprobs import Odds
 from mlxd.engine.prefix import PrefixIndex
 from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
@@ -77,14 +79,18 @@ class Row:
 @dataclass(slots=True)
 class Opened:
     """The model is loaded and one token came out of it. `context_length` in tokens; there is no token `vocabulary_size` or above.
-    `vector_length`: numbers in an embedding; 0: it gives none, and `no_vectors` says why. `generates` False: it gives nothing else."""
+    `vector_length`: numbers in an embedding; 0: it gives none, and `no_vectors` says why. `grammars` None: it gives nothing else."""
 
     tokenizer: Any
     context_length: int
     vocabulary_size: int
     vector_length: int = 0
     no_vectors: str = ""
-    generates: bool = True
+    grammars: Grammars | None = None
+
+    @property
+    def generates(self) -> bool:
+        return self.grammars is not None
 
 
 @dataclass(slots=True)
@@ -100,15 +106,17 @@ class Tick:
     """What one step brought. Times: of the monotonic clock, ns.
 
     `accepted`: rows and how many of their tokens the prefix index supplied. `progress`: rows, tokens prefilled so far, of all.
-    `tokens`: rows, the token, and why it is the last ("stop": it is an end token, "length") or None. `read`: texts to be embedded and how
-    many of their tokens are read; `embedded`: those that have their vectors.
+    `tokens`: rows, the token, why it is the last ("stop": it is an end token, "length") or None, and its odds if they are asked for.
+    `failed`: rows that ended without a last token, and why, for the client. `read`: texts to be embedded and how many of their tokens are
+    read; `embedded`: those that have their vectors.
     """
 
     began_ns: int
     ended_ns: int = 0
     accepted: list[tuple[Row, int]] = field(default_factory=list)
     progress: list[tuple[Row, int, int]] = field(default_factory=list)
-    tokens: list[tuple[Row, int, str | None]] = field(default_factory=list)
+    tokens: list[tuple[Row, int, str | None, Odds | None]] = field(default_factory=list)
+    failed: list[tuple[Row, str]] = field(default_factory=list)
     read: list[tuple[Texts, int]] = field(default_factory=list)
     embedded: list[Texts] = field(default_factory=list)
 
@@ -211,7 +219,7 @@ class Batch:
         mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
         tuning = load.tuning
         self.prefill_tokens = tuning.prefill_tokens or self.prefill_tokens
-        opened = Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer), generates=not encodes)
+        opened = Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
         try:
             self.embedder = Embedder(model, read_pooling(Path(load.directory)))
             opened.vector_length = self.embedder.length
@@ -222,6 +230,7 @@ class Batch:
         if encodes:
             opened.context_length = model.context_length
             return opened
+        opened.grammars = Grammars(tokenizer)
         most = tuning.max_concurrent or self.config.server.max_concurrent
         prefix_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
         self.prefixes.max_bytes = int(prefix_bytes * tuning.cache_share)
@@ -340,13 +349,18 @@ class Batch:
                     self.prefixes.store(held, cache)
         for response in tokens:
             row = self.rows[response.uid]
-            tick.tokens.append((row, response.token, response.finish_reason))
+            odds = response.logprobs.read() if response.logprobs is not None else None
+            tick.tokens.append((row, response.token, response.finish_reason, odds))
             if response.finish_reason:
                 del self.rows[response.uid]
                 self.prefixes.store(response.all_tokens, response.prompt_cache)
                 self.counters.finished += 1
                 self.left += 1
         self.counters.emitted += len(tokens)
+        for row in list(self.rows.values()):
+            if row.draw.constraint is not None and row.draw.constraint.error:
+                tick.failed.append((row, row.draw.constraint.error))
+                self.remove(row, tick)
 
 
 def without_paths(text: str, load: Load, view: Path) -> str:

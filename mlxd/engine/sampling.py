@@ -1,7 +1,8 @@
 """Keyed sampling: position i of a request draws with u = hash(seed, i) by inverse CDF over its filtered distribution.
 
-Owns the draw, one call for all rows of a batch, so that a row's tokens do not depend on who shares the batch or on when it began.
-Knows nothing of requests: a row is a `Draw`.
+Owns the draw, one call for all rows of a batch, so that a row's tokens do not depend on who shares the batch or on when it began; and
+the order of what is done to logits before it: penalties, then the mask of a grammar, then the filters. Knows nothing of requests: a row
+is a `Draw`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlxd.engine.grammar import Constraint
+from mlxd.engine.logprobs import Place, Ranking
+from mlxd.engine.penalties import Penalties, has_penalties
 from mlxd.messages import Sampling
 
 # `import mlx_lm.generate` would give the function of that name, which the package puts over its module.
@@ -30,12 +33,17 @@ class WrongOutput(Exception):
     """What the model gave are no logits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Draw:
-    """How one row draws: `prompt_length` tokens came before its position 0. Stands in mlx-lm's list of samplers, one per row."""
+    """How one row draws: `prompt_length` tokens came before its position 0. Stands in mlx-lm's list of samplers, one per row.
+
+    `constraint`: what its tokens must match. `top_logprobs`: how many of the best tokens are told of at each; None: no log-probabilities.
+    """
 
     sampling: Sampling
     prompt_length: int
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -45,12 +53,19 @@ class Draw:
 class Plan:
     """The draws of a batch as arrays, good for as long as the batch has the same rows.
 
-    Built from the rows (`draws`) and how many tokens each has in its cache just before a step (`lengths`).
+    Built from the rows (`draws`), how many tokens each has in its cache just before a step (`lengths`) and how many words there are
+    (`width`).
     """
 
-    def __init__(self, draws: list[Draw], lengths: list[int]):
+    def __init__(self, draws: list[Draw], lengths: list[int], width: int):
         self.draws = draws
         self.size = len(draws)
+        self.width = width
+        self.asking = [i for i, d in enumerate(draws) if d.top_logprobs is not None]
+        self.constrained = [(i, d.constraint) for i, d in enumerate(draws) if d.constraint is not None]
+        self.penalised = [
+            (i, Penalties(d.sampling, d.prompt_length, width)) for i, d in enumerate(draws) if has_penalties(d.sampling)
+        ]
         self.greedy = all(d.greedy for d in draws)
         if self.greedy:
             return
@@ -80,6 +95,36 @@ class Plan:
     def fits(self, draws: list[Draw]) -> bool:
         """mlx-lm extends a batch's lists in place and makes new ones when it drops a row."""
         return self.draws is draws and self.size == len(draws)
+
+    @property
+    def steered(self) -> bool:
+        """Whether some row's logits depend on its tokens."""
+        return bool(self.penalised or self.constrained)
+
+    def steer(self, logits: mx.array, before: list[list[int]], tokens: list[int]) -> mx.array:
+        """The logits with penalties and masks, others' rows as they were. `before`: each row's tokens, and after them one of `tokens`."""
+        logits = mx.array(logits)  # assignment changes the array itself
+        for i, penalties in self.penalised:
+            logits[i : i + 1] = penalties.apply(logits[i : i + 1], before[i], tokens[i])
+        if self.constrained:
+            masks = [
+                constraint.allowed(tokens[i], len(before[i]) + 1 - self.draws[i].prompt_length, self.width)
+                for i, constraint in self.constrained
+            ]
+            rows = mx.array([i for i, _ in self.constrained])
+            logits[rows] = mx.where(mx.array(np.stack(masks)), logits[rows], -math.inf)
+        return logits
+
+    def rank(self, logits: mx.array, drawn: mx.array) -> tuple[list[Place | None], tuple[mx.array, ...]]:
+        """Of each row where its log-probabilities will stand, and the arrays to be computed for that."""
+        places: list[Place | None] = [None] * self.size
+        if not self.asking:
+            return places, ()
+        rows = mx.array(self.asking)
+        ranking = Ranking(logits[rows], drawn[rows])
+        for place, i in enumerate(self.asking):
+            places[i] = Place(ranking, place, self.draws[i].top_logprobs or 0)
+        return places, ranking.arrays
 
     def draw(self, logits: mx.array) -> mx.array:
         """The next token of each row. `logits`: (rows, vocabulary), any float type. Returns (rows,) uint32, not evaluated."""
@@ -149,13 +194,14 @@ def mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 class KeyedBatch(generate.GenerationBatch):  # type: ignore[misc, name-defined]
-    """mlx-lm's batch in generation, drawing with keys and keeping no log-probabilities.
+    """mlx-lm's batch in generation, drawing with keys.
 
-    Its bookkeeping moves each row's `Draw` along with the row, as the row's sampler.
+    Its bookkeeping moves each row's `Draw` along with the row, as the row's sampler, and the `Place` of its log-probabilities.
     """
 
     plan: Plan | None = None
     _next_tokens: mx.array
+    _next_logprobs: list[Place | None]
     #: The bounds of the logits that `_next_tokens` were drawn from; one more for each `extend`.
     checks: tuple[tuple[mx.array, mx.array], ...] = ()
 
@@ -168,25 +214,37 @@ class KeyedBatch(generate.GenerationBatch):  # type: ignore[misc, name-defined]
         if not keep:
             self.checks = ()  # nobody will read those tokens
 
-    def _step(self) -> tuple[list[int], list[Any]]:
+    def _step(self) -> tuple[list[int], list[Place | None]]:
         """Start the next step and give the tokens of the one before: MLX computes while Python delivers.
 
         Raises WrongOutput when those tokens mean nothing.
         """
-        inputs, checks = self._next_tokens, self.checks
+        inputs, checks, places = self._next_tokens, self.checks, self._next_logprobs
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         if self.plan is None or not self.plan.fits(self.samplers):
-            self.plan = Plan(self.samplers, [len(row) for row in self.tokens])
-        self._next_tokens = self.plan.draw(logits)
-        self._next_logprobs = [None] * len(self.uids)
+            self.plan = Plan(self.samplers, [len(row) for row in self.tokens], logits.shape[-1])
+        tokens: list[int] | None = None
+        steered = logits
+        if self.plan.steered:
+            mx.async_eval(logits)  # type: ignore[no-untyped-call] # and meanwhile, masks
+            tokens = read(inputs, checks, logits.shape[-1])
+            steered = self.plan.steer(logits, self.tokens, tokens)
+        self._next_tokens = self.plan.draw(steered)
+        self._next_logprobs, ranking = self.plan.rank(logits, self._next_tokens)
         self.checks = (bounds(logits),)
-        mx.async_eval(self._next_tokens, *self.checks[0])  # type: ignore[no-untyped-call]
-        tokens: list[int] = inputs.tolist()  # type: ignore[assignment]
-        if not all(are_sound(*check) for check in checks) or max(tokens) >= logits.shape[-1]:
-            raise WrongOutput("the model gave no numbers, or the same for every token")
+        mx.async_eval(self._next_tokens, *self.checks[0], *ranking)  # type: ignore[no-untyped-call]
+        tokens = tokens or read(inputs, checks, logits.shape[-1])
         for row, token in zip(self.tokens, tokens, strict=True):
             row.append(token)
-        return tokens, self._next_logprobs
+        return tokens, places
+
+
+def read(inputs: mx.array, checks: tuple[tuple[mx.array, mx.array], ...], width: int) -> list[int]:
+    """The tokens of the step before. Raises WrongOutput."""
+    tokens: list[int] = inputs.tolist()  # type: ignore[assignment]
+    if not all(are_sound(*check) for check in checks) or max(tokens) >= width:
+        raise WrongOutput("the model gave no numbers, or the same for every token")
+    return tokens
 
 
 # The module makes a GenerationBatch in two places and looks the name up each time.

@@ -18,10 +18,27 @@ from mlxd import messages
 from mlxd.engine.answer import Answer, Called, Piece
 from mlxd.engine.batch import Batch, Opened, Row, Tick
 from mlxd.engine.embedding import Texts
+from mlxd.engine.grammar import Constraint, is_constrained
+from mlxd.engine.logprobs import Odds, spelled
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Call, Cancel, Done, Embed, Embedded, Event, Failed, Loaded, Progress, Step, Submit, Token
+from mlxd.messages import (
+    Accepted,
+    Call,
+    Cancel,
+    Done,
+    Embed,
+    Embedded,
+    Event,
+    Failed,
+    Loaded,
+    Progress,
+    Step,
+    Submit,
+    Token,
+    TokenLogprob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +97,9 @@ class Job:
 
     prompt: Prompt
     answer: Answer
+    constraint: Constraint | None = None
     row: Row | None = None
+    compiling: asyncio.Task[None] | None = None
 
     def __init__(self, connection: Connection, submit: Submit):
         self.connection = connection
@@ -94,17 +113,17 @@ class Job:
     def tell(self, event: Event) -> None:
         self.connection.events.append(event)
 
-    def tell_pieces(self, ids: list[int], pieces: list[Piece | Called]) -> None:
+    def tell_pieces(self, ids: list[int], pieces: list[Piece | Called], logprobs: list[TokenLogprob]) -> None:
         """One Token, or as many as there are changes between thinking and answer; the first has the ids, and comes before any call."""
         if ids and not (pieces and isinstance(pieces[0], Piece)):
-            self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning"))
-            ids = []
+            self.tell(Token(self.submit.job, ids, "", self.answer.part == "reasoning", logprobs))
+            ids, logprobs = [], []
         for piece in pieces:
             if isinstance(piece, Called):
                 self.tell(Call(self.submit.job, piece.name, piece.arguments))
             else:
-                self.tell(Token(self.submit.job, ids, piece.text, piece.thinking))
-                ids = []
+                self.tell(Token(self.submit.job, ids, piece.text, piece.thinking, logprobs))
+                ids, logprobs = [], []
 
 
 class EmbedJob:
@@ -139,6 +158,8 @@ class Service:
         self.opened = opened
         self.tokenizer = opened.tokenizer
         self.prompter = Prompter(opened.tokenizer, opened.context_length, opened.vocabulary_size)
+        self.vocabulary_size = opened.vocabulary_size
+        self.grammars = opened.grammars
         self.loaded = loaded
         self.text_s = text_s
         self.overdue = overdue
@@ -146,6 +167,9 @@ class Service:
         self.connections: set[Connection] = set()
         self.unprepared: asyncio.Queue[Job | EmbedJob] = asyncio.Queue()
         self.text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self.compiling = asyncio.Lock()
+        self.overlong: asyncio.Future[Constraint] | None = None  # a compilation whose request has got its answer, left to end
         self.job_ended = asyncio.Event()
         self.rowless = 0  # jobs that ended without a row in the batch
         self.slices = 0  # of texts to be embedded, tokenised
@@ -243,6 +267,37 @@ class Service:
                 log.exception("job %d has no prompt", job.submit.job)
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
             else:
+                if isinstance(job, Job) and is_constrained(job.submit):
+                    job.compiling = asyncio.create_task(self.constrain(job))
+                else:
+                    self.admit(job)
+            self.flush()
+
+    async def constrain(self, job: Job) -> None:
+        """Compile the job's grammar, one after the other, and admit it. Jobs without a grammar do not wait for this."""
+        async with self.compiling:
+            if job.ended:
+                return
+            assert self.grammars is not None
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self.grammar_thread, self.grammars.compile, job.submit, job.prompt)
+            try:
+                job.constraint = await asyncio.wait_for(asyncio.shield(work), self.text_s)
+            except TimeoutError:
+                message = f"the JSON schema or regular expression is too complex: compiling it took over {self.text_s:.1f} s"
+                self.fail(job, 400, message)
+                if self.overlong is not None and not self.overlong.done():
+                    self.overdue(message)
+                    return
+                work.add_done_callback(asyncio.Future.exception)  # or it would be an exception that nothing expects
+                self.overlong = work
+                self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            except Refused as refused:
+                self.fail(job, refused.status, refused.message)
+            except Exception as error:  # llguidance's own: it concerns this request alone
+                log.exception("job %d has no grammar", job.submit.job)
+                self.fail(job, 500, f"the grammar cannot be made: {type(error).__name__}: {error}")
+            else:
                 self.admit(job)
             self.flush()
 
@@ -258,6 +313,9 @@ class Service:
         if isinstance(job, EmbedJob):
             job.ids += [self.prompter.text(job.submit, index) for index in range(len(job.ids), job.next_slice()[0])]
             return
+        for token in job.submit.sampling.logit_bias:
+            if not 0 <= token < self.vocabulary_size:  # MLX would write beyond the logits
+                raise Refused(400, f"logit_bias names token {token}, and this model's are 0 to {self.vocabulary_size - 1}")
         job.prompt = self.prompter.prepare(job.submit)
         submit, prompt = job.submit, job.prompt
         job.answer = Answer(self.tokenizer, submit.stop, thinking=prompt.thinking, continued=prompt.continued, tools=submit.tools)
@@ -279,10 +337,11 @@ class Service:
         left = prompt.max_tokens - len(submit.emitted)
         if job.answer.stop_string is not None or left <= 0:
             job.tell(Accepted(submit.job, prompt.ids, 0, prompt.continued))
-            job.tell_pieces([], job.answer.finish(cut=True))
+            job.tell_pieces([], job.answer.finish(cut=True), [])
             self.finish(job, "length")
             return
-        job.row = Row(job, prompt.ids + submit.emitted, Draw(submit.sampling, len(prompt.ids)), left)
+        draw = Draw(submit.sampling, len(prompt.ids), job.constraint, submit.top_logprobs)
+        job.row = Row(job, prompt.ids + submit.emitted, draw, left)
         self.batch.admit(job.row)
 
     def deliver(self, tick: Tick) -> None:
@@ -297,10 +356,12 @@ class Service:
             job.began_ns = job.began_ns or tick.began_ns
             if not job.ended:
                 job.tell(Progress(job.submit.job, done, total))
-        for row, token, reason in tick.tokens:
+        for row, token, reason, odds in tick.tokens:
             job = row.owner
             if not job.ended:
-                self.advance(job, token, reason, tick)
+                self.advance(job, token, reason, odds, tick)
+        for row, message in tick.failed:
+            self.fail(row.owner, 400, message)
         for texts, read in tick.read:
             embedding: EmbedJob = texts.owner
             if not embedding.ended:
@@ -313,7 +374,7 @@ class Service:
                 self.end(embedding)
         self.flush()
 
-    def advance(self, job: Job, token: int, reason: str | None, tick: Tick) -> None:
+    def advance(self, job: Job, token: int, reason: str | None, odds: Odds | None, tick: Tick) -> None:
         job.tokens += 1
         job.last_ns = tick.ended_ns
         job.first_ns = job.first_ns or tick.ended_ns
@@ -327,7 +388,8 @@ class Service:
         except Exception as error:  # a vocabulary with gaps has ids that stand for no text
             self.fail(job, 500, f"token {token} cannot be decoded: {type(error).__name__}: {error}")
             return
-        job.tell_pieces(ids, pieces)
+        told = [spelled(token, odds, self.grammars.raw)] if ids and odds and self.grammars else []
+        job.tell_pieces(ids, pieces, told)
         if ended:
             self.finish(job, "stop" if reason == "stop" else "length")
 
