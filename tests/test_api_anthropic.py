@@ -21,6 +21,7 @@ from mlxd.api.service import Service
 from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Request
+from mlxd.standin import StandIn
 
 MODELS = ("tiny", "thinker", "refused")
 PATH = "/v1/messages"
@@ -504,3 +505,10 @@ def test_what_is_refused_before_the_dialect_is_asked_has_its_shape(client: httpx
     assert kind(client.get("/v1/messages/batches")) == (404, "not_found_error")
     assert kind(client.post(PATH, json=ask("n=1"), headers={"origin": "https://evil.example"})) == (403, "permission_error")
     assert kind(client.post(PATH, content=b" " * (32 * 2**20 + 1))) == (413, "request_too_large")
+
+
+def test_what_stands_in_for_the_server_has_its_shape_too() -> None:
+    head = b"POST /v1/messages?beta=true HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    _, _, body = StandIn(lambda: "the server is being replaced", dict).response(head).partition(b"\r\n\r\n")
+    error = {"type": "overloaded_error", "message": "the server is being replaced"}
+    assert json.loads(body) == {"type": "error", "error": error, "request_id": None}
