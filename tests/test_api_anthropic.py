@@ -277,7 +277,7 @@ def test_bad_input_is_named(change: dict[str, Any], sentence: str) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
-    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), MODELS, server={"ping_s": 1}) as running:
+    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), MODELS) as running:
         yield running
 
 
@@ -404,9 +404,17 @@ def test_an_answer_begins_before_the_prompt_is_read(client: httpx.Client) -> Non
     assert "ping" in kinds[kinds.index("message_start") : kinds.index("content_block_start")]
 
 
-def test_silence_is_filled_with_pings(client: httpx.Client) -> None:
-    told = streamed(client, ask("n=1 first=3"))
-    assert {"type": "ping"} in told
+def test_there_are_only_pings_until_the_prompt_is_tokenised(home: Path) -> None:
+    with (
+        supervised(home, ("held",), server={"ping_s": 0.1}) as server,
+        server.client() as client,
+        client.stream("POST", PATH, json=ask("n=1", model="held", stream=True)) as answer,
+    ):
+        lines = answer.iter_lines()
+        begun = [next(lines) for _ in range(3)]
+        server.let_up()
+        told = events("\n".join([*begun, *lines, ""]))
+    assert told[0] == {"type": "ping"}
     assert put_together(told)["content"] == [{"type": "text", "text": "w0 "}]
 
 
