@@ -19,6 +19,7 @@ from mlxd import models
 from mlxd.api import anthropic, fields
 from mlxd.errors import Refused
 from mlxd.journal import Request
+from mlxd.standin import StandIn
 
 MODELS = ("tiny", "thinker", "refused")
 PATH = "/v1/messages"
@@ -274,7 +275,7 @@ def test_bad_input_is_named(change: dict[str, Any], sentence: str) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Supervised]:
-    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), MODELS, server={"ping_s": 1}) as running:
+    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), MODELS) as running:
         yield running
 
 
@@ -401,9 +402,17 @@ def test_an_answer_begins_before_the_prompt_is_read(client: httpx.Client) -> Non
     assert "ping" in kinds[kinds.index("message_start") : kinds.index("content_block_start")]
 
 
-def test_silence_is_filled_with_pings(client: httpx.Client) -> None:
-    told = streamed(client, ask("n=1 first=3"))
-    assert {"type": "ping"} in told
+def test_there_are_only_pings_until_the_prompt_is_tokenised(home: Path) -> None:
+    with (
+        supervised(home, ("held",), server={"ping_s": 0.1}) as server,
+        server.client() as client,
+        client.stream("POST", PATH, json=ask("n=1", model="held", stream=True)) as answer,
+    ):
+        lines = answer.iter_lines()
+        begun = [next(lines) for _ in range(3)]
+        server.let_up()
+        told = events("\n".join([*begun, *lines, ""]))
+    assert told[0] == {"type": "ping"}
     assert put_together(told)["content"] == [{"type": "text", "text": "w0 "}]
 
 
@@ -502,3 +511,10 @@ def test_what_is_refused_before_the_dialect_is_asked_has_its_shape(client: httpx
     assert kind(client.get("/v1/messages/batches")) == (404, "not_found_error")
     assert kind(client.post(PATH, json=ask("n=1"), headers={"origin": "https://evil.example"})) == (403, "permission_error")
     assert kind(client.post(PATH, content=b" " * (32 * 2**20 + 1))) == (413, "request_too_large")
+
+
+def test_what_stands_in_for_the_server_has_its_shape_too() -> None:
+    head = b"POST /v1/messages?beta=true HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    _, _, body = StandIn(lambda: "the server is being replaced", dict).response(head).partition(b"\r\n\r\n")
+    error = {"type": "overloaded_error", "message": "the server is being replaced"}
+    assert json.loads(body) == {"type": "error", "error": error, "request_id": None}

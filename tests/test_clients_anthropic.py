@@ -12,9 +12,10 @@ import pytest
 from anthropic.types import Message
 from known_answers import KNOWN, LONG, THINKING, TOOL, UNICODE
 from pydantic import BaseModel
-from server_client import Background, Supervised, supervised, until
+from server_client import Background, Engine, Supervised, supervised, until
 
 from mlxd.messages import Done, Event, Submit, Token
+from mlxd.models import BUILTIN
 
 pytestmark = pytest.mark.xdist_group("anthropic")
 
@@ -38,14 +39,20 @@ class Stage:
     def early(self, submit: Submit, seen: list[Event], event: Event) -> bool:
         return not isinstance(event, Done) and sum(len(one.ids) for one in seen if isinstance(one, Token)) < 7
 
+    @property
+    def engine(self) -> Engine:
+        engine = self.server.engine(BUILTIN)
+        assert engine is not None
+        return engine
+
     def held(self) -> int:
-        """Jobs, at the newest engine."""
-        gate = self.server.engines[-1].gate
-        return len(gate.held) if gate else 0
+        """Jobs, of this engine."""
+        assert self.engine.gate is not None
+        return len(self.engine.gate.held)
 
     def kill(self) -> None:
         self.holds = False
-        self.server.engines[-1].kill()
+        self.engine.kill()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,10 @@ def ask(question: str, **more: Any) -> dict[str, Any]:
     return {"model": "mlxd-tiny", "max_tokens": 500, "messages": messages, "extra_body": GREEDY} | more
 
 
+def whole(client: anthropic.Anthropic, call: dict[str, Any]) -> Message:
+    return client.messages.create(**call)
+
+
 def streamed(client: anthropic.Anthropic, call: dict[str, Any]) -> Message:
     """What the package makes of a stream."""
     with client.messages.stream(**call) as stream:
@@ -72,9 +83,9 @@ def streamed(client: anthropic.Anthropic, call: dict[str, Any]) -> Message:
 
 def both(client: anthropic.Anthropic, call: dict[str, Any]) -> Message:
     """The answer, which is the same whole and streamed but for its ids."""
-    whole = client.messages.create(**call)
-    assert told(streamed(client, call)) == told(whole)
-    return whole
+    message = whole(client, call)
+    assert told(streamed(client, call)) == told(message)
+    return message
 
 
 def told(message: Message) -> dict[str, Any]:
@@ -211,18 +222,11 @@ KILLED: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("calls", KILLED.values(), ids=list(KILLED))
 def test_an_engine_killed_in_mid_stream_changes_nothing(stage: Stage, calls: list[dict[str, Any]]) -> None:
-    calm = [told(stage.client.messages.create(**call)) for call in calls]
+    calm = [told(whole(stage.client, call)) for call in calls]
     before = stage.held()
     stage.holds = True
-    asked = [Background(lambda call=call, ask=ask: told(ask(call))) for call in calls for ask in (whole(stage), stream(stage))]
+    ways = [(call, way) for call in calls for way in (whole, streamed)]
+    asked = [Background(lambda call=call, way=way: told(way(stage.client, call))) for call, way in ways]
     until("all to be held", lambda: stage.held() == before + len(asked), stage.server.told)
     stage.kill()
     assert [one.result() for one in asked] == [message for message in calm for _ in range(2)]
-
-
-def whole(stage: Stage) -> Any:
-    return lambda call: stage.client.messages.create(**call)
-
-
-def stream(stage: Stage) -> Any:
-    return lambda call: streamed(stage.client, call)
