@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import resource
 import socket
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import httpx
 import psutil
 import pytest
 from conftest import Daemon
-from server_client import Background, Supervised, supervised, until
+from server_client import Background, Supervised, many_files, supervised, until
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mlxd import ratelimit
@@ -38,18 +37,6 @@ def server() -> Iterator[Supervised]:
     limits: dict[str, Any] = DEADLINES | {"max_idle": 8}
     with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), server=limits) as running:
         yield running
-
-
-@contextlib.contextmanager
-def many_files(wanted: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"needs {wanted} open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextlib.contextmanager
