@@ -313,22 +313,21 @@ def test_rel_08_a_server_with_few_descriptors_outlives_a_crowd(daemon: Callable[
 
 def test_a_window_slides_and_what_is_refused_does_not_count() -> None:
     limit = RateLimit(2, 10.0)
-    assert [limit.enter(b"a", now) for now in (0.0, 4.0)] == [0.0, 0.0]
-    assert [limit.enter(b"a", now) for now in (5.0, 9.0)] == [5.0, 1.0]
-    assert limit.enter(b"b", 5.0) == 0.0
-    assert limit.enter(b"a", 10.0) == 0.0
-    assert limit.enter(b"a", 10.0) == 4.0
-    assert [RateLimit(0, 10.0).enter(b"a", 0.0) for _ in range(3)] == [0.0] * 3
+    assert [limit.wait_s(b"a", now) for now in (0.0, 4.0)] == [0.0, 0.0]
+    assert [limit.wait_s(b"a", now) for now in (5.0, 9.0)] == [5.0, 1.0]
+    assert limit.wait_s(b"b", 5.0) == 0.0
+    assert limit.wait_s(b"a", 10.0) == 0.0
+    assert limit.wait_s(b"a", 10.0) == 4.0
 
 
 def test_what_is_remembered_is_bounded_and_those_who_ask_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratelimit, "MOST_REMEMBERED", 100)
     limit = RateLimit(3, 1e6)
     for number in range(1000):
-        limit.enter(b"busy", float(number))
-        assert limit.enter(b"%d" % number, float(number)) == 0.0
+        limit.wait_s(b"busy", float(number))
+        assert limit.wait_s(b"%d" % number, float(number)) == 0.0
         assert sum(map(len, limit.times.values())) == limit.remembered <= 100
-    assert limit.enter(b"busy", 1000.0) > 0
+    assert limit.wait_s(b"busy", 1000.0) > 0
 
 
 def test_a_client_is_the_holder_of_a_key_or_an_address() -> None:

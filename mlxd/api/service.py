@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from mlxd import guard
 from mlxd.admission import Admission, Priority
-from mlxd.api.exchange import Exchange, Filler, Uploads
+from mlxd.api.exchange import Exchange, Filler
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
 from mlxd.journal import Answered, Entry, Journal, Request
@@ -24,6 +24,7 @@ from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, chat_template
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
+from mlxd.uploads import Uploads
 
 
 class View(Filler, Protocol):
