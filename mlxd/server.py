@@ -195,11 +195,11 @@ class Process:
     """The life of the server as the supervisor's child."""
 
     def __init__(self, settings: ChildSettings, link: Link):
+        most, at_once = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.connections = Connections(settings.config.server, most)
         self.settings = settings
         self.link = link
         self.service = Service(settings.config, link.send, settings.nonce)
-        most, at_once = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self.connections = Connections(settings.config.server, most)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),

@@ -149,6 +149,16 @@ def test_a_body_that_goes_on_after_its_answer_has_the_same_deadline(server: Supe
         assert rest(sock) == b""
 
 
+def test_a_body_that_goes_wrong_after_its_answer_ends_the_connection_and_nothing_else(server: Supervised) -> None:
+    for rest_of_body in (b"ZZ\r\n", b"1\r\n{garbage"):
+        with crowd(server, 1) as (sock,):
+            sock.sendall(post("/nowhere", 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+            assert one_answer(sock) == 404
+            sock.sendall(rest_of_body)
+            assert rest(sock) == b""
+    assert (server.home / "server.log").read_text() == ""
+
+
 def test_rel_09_a_thousand_that_finish_nothing_are_gone_after_the_deadline_and_leave_nothing(server: Supervised) -> None:
     process = psutil.Process(server.process.pid)
     with many_files(2048):
