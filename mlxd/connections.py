@@ -105,6 +105,12 @@ class Connection(H11Protocol):
         super().handle_events()
         self.enter(phase(self.conn, asked=self.cycle is not None))
 
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # the request was answered before its body went wrong
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.others.open.discard(self)
         self.others.idle.pop(self, None)

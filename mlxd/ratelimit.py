@@ -7,13 +7,14 @@ from collections import deque
 from typing import Any
 
 from mlxd import guard
+from mlxd.errors import Refused
 
 #: Requests that are remembered, of all clients together: 10 MB. Beyond it the clients that have asked nothing for longest are forgotten.
 MOST_REMEMBERED = 100_000
 
 
 class RateLimit:
-    """`most` requests of one client in any `window_s` seconds; 0: no limit."""
+    """`most` requests of one client in any `window_s` seconds; 0: no limit. What is refused does not count."""
 
     def __init__(self, most: int, window_s: float):
         self.most = most
@@ -21,10 +22,16 @@ class RateLimit:
         self.times: dict[bytes, deque[float]] = {}
         self.remembered = 0
 
-    def enter(self, client: bytes, now: float) -> float:
+    def check(self, scope: Any, now: float) -> None:
+        """Raises Refused (429) when the client of this request has made too many."""
+        if not self.most or not works(scope):
+            return
+        if wait_s := self.wait_s(client(scope), now):
+            message = f"more than {self.most} requests in {self.window_s:g} s from this client"
+            raise Refused(429, message, code="rate_limit_exceeded", retry_s=wait_s)
+
+    def wait_s(self, client: bytes, now: float) -> float:
         """0 when the client may ask, which is remembered; else in how many seconds it may."""
-        if not self.most:
-            return 0.0
         times = self.times.pop(client, None) or deque()
         self.times[client] = times  # the last of them, now
         while times and times[0] <= now - self.window_s:
@@ -48,6 +55,6 @@ def client(scope: Any) -> bytes:
     return b"loopback" if address is None or address.is_loopback else address.packed
 
 
-def counts(scope: Any) -> bool:
+def works(scope: Any) -> bool:
     """Whether a request makes anybody work: lists, health and the description of a model do not."""
     return scope["method"] not in ("GET", "HEAD", "OPTIONS") and scope["path"] != "/api/show"

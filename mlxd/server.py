@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, ratelimit
+from mlxd import guard, health
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -146,7 +146,7 @@ class App:
         if service.connections() > MOST_CONNECTIONS and not scope["path"].startswith("/health"):
             exchange.headers.append((b"connection", b"close"))
             raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
-        self.limit(scope)
+        service.rate_limit.check(scope, service.pool.clock())
         scope["exchange"] = exchange
         scope["app"] = self  # so that the router raises for 404 and 405 rather than answer in plain text
         try:
@@ -154,13 +154,6 @@ class App:
         except HTTPException as error:
             exchange.headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
             raise Refused(error.status_code, NO_ROUTE[error.status_code].format(**scope), code="no_route") from None
-
-    def limit(self, scope: Scope) -> None:
-        """Raises Refused when this client has asked too often."""
-        limit = self.service.rate_limit
-        if ratelimit.counts(scope) and (wait_s := limit.enter(ratelimit.client(scope), self.service.pool.clock())):
-            message = f"more than {limit.most} requests in {limit.window_s:g} s from this client"
-            raise Refused(429, message, code="rate_limit_exceeded", retry_s=wait_s)
 
 
 NO_ROUTE = {404: "there is nothing at this path", 405: "{method} is not a method of this path"}
@@ -226,11 +219,11 @@ class Process:
     """The life of the server as the supervisor's child."""
 
     def __init__(self, settings: ChildSettings, link: Link):
+        most, at_once = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        self.connections = Connections(settings.config.server, most)
         self.settings = settings
         self.link = link
         self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
-        most, at_once = room(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        self.connections = Connections(settings.config.server, most)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),

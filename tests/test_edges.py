@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import resource
 import socket
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import httpx
 import psutil
 import pytest
 from conftest import Daemon
-from server_client import Background, Supervised, supervised, until
+from server_client import Background, Supervised, many_files, supervised, until
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from mlxd import ratelimit
@@ -38,18 +37,6 @@ def server() -> Iterator[Supervised]:
     limits: dict[str, Any] = DEADLINES | {"max_idle": 8}
     with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, supervised(Path(home), server=limits) as running:
         yield running
-
-
-@contextlib.contextmanager
-def many_files(wanted: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"needs {wanted} open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextlib.contextmanager
@@ -160,6 +147,16 @@ def test_a_body_that_goes_on_after_its_answer_has_the_same_deadline(server: Supe
         sock.sendall(post("/nowhere", 1000) + b"{")
         assert one_answer(sock) == 404
         assert rest(sock) == b""
+
+
+def test_a_body_that_goes_wrong_after_its_answer_ends_the_connection_and_nothing_else(server: Supervised) -> None:
+    for rest_of_body in (b"ZZ\r\n", b"1\r\n{garbage"):
+        with crowd(server, 1) as (sock,):
+            sock.sendall(post("/nowhere", 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+            assert one_answer(sock) == 404
+            sock.sendall(rest_of_body)
+            assert rest(sock) == b""
+    assert (server.home / "server.log").read_text() == ""
 
 
 def test_rel_09_a_thousand_that_finish_nothing_are_gone_after_the_deadline_and_leave_nothing(server: Supervised) -> None:
@@ -326,22 +323,21 @@ def test_rel_08_a_server_with_few_descriptors_outlives_a_crowd(daemon: Callable[
 
 def test_a_window_slides_and_what_is_refused_does_not_count() -> None:
     limit = RateLimit(2, 10.0)
-    assert [limit.enter(b"a", now) for now in (0.0, 4.0)] == [0.0, 0.0]
-    assert [limit.enter(b"a", now) for now in (5.0, 9.0)] == [5.0, 1.0]
-    assert limit.enter(b"b", 5.0) == 0.0
-    assert limit.enter(b"a", 10.0) == 0.0
-    assert limit.enter(b"a", 10.0) == 4.0
-    assert [RateLimit(0, 10.0).enter(b"a", 0.0) for _ in range(3)] == [0.0] * 3
+    assert [limit.wait_s(b"a", now) for now in (0.0, 4.0)] == [0.0, 0.0]
+    assert [limit.wait_s(b"a", now) for now in (5.0, 9.0)] == [5.0, 1.0]
+    assert limit.wait_s(b"b", 5.0) == 0.0
+    assert limit.wait_s(b"a", 10.0) == 0.0
+    assert limit.wait_s(b"a", 10.0) == 4.0
 
 
 def test_what_is_remembered_is_bounded_and_those_who_ask_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ratelimit, "MOST_REMEMBERED", 100)
     limit = RateLimit(3, 1e6)
     for number in range(1000):
-        limit.enter(b"busy", float(number))
-        assert limit.enter(b"%d" % number, float(number)) == 0.0
+        limit.wait_s(b"busy", float(number))
+        assert limit.wait_s(b"%d" % number, float(number)) == 0.0
         assert sum(map(len, limit.times.values())) == limit.remembered <= 100
-    assert limit.enter(b"busy", 1000.0) > 0
+    assert limit.wait_s(b"busy", 1000.0) > 0
 
 
 def test_a_client_is_the_holder_of_a_key_or_an_address() -> None:

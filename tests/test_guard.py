@@ -1,4 +1,4 @@
-"""The request guard (SEC-01, 02, 04, 23, 26, 29): a real server with its default settings, raw bytes, IPv4 and IPv6.
+"""The request guard (SEC-01, 02, 03, 04, 10, 23, 26, 27, 29): a real server with its default settings, raw bytes, IPv4 and IPv6.
 
 Rebinding and cross-site requests are how pages in a browser reach servers on loopback: Ollama CVE-2024-28224, MCP CVE-2025-66414 and
 -66416, "0.0.0.0-day", MLflow CVE-2026-2611. Loosening a default here reopens them.
@@ -7,6 +7,7 @@ Rebinding and cross-site requests are how pages in a browser reach servers on lo
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import tempfile
 import threading
@@ -19,8 +20,11 @@ from server_client import Supervised, supervised, until
 
 from mlxd.guard import MAX_BODY_BYTES, Policy, host_allowed, judge, origin_allowed, split_host
 from mlxd.messages import Beat
+from mlxd.server import ROUTES
 
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"n=1"}],"stream":false}'
+#: Method and path of every route there is, whoever added it.
+EVERYWHERE = [(route[0].encode(), re.sub(r"{[^}]*}", "x", route[1]).encode()) for route in ROUTES]
 FAMILIES = [socket.AF_INET] + ([socket.AF_INET6] if socket.has_ipv6 else [])
 
 
@@ -158,6 +162,30 @@ def test_sec_02_a_request_that_another_site_caused_starts_nothing(unreached: Sup
     assert unreached.raw(link.replace(b"GET / ", b"GET /api/tags "))[0] == 403
 
 
+@pytest.mark.parametrize(("method", "path"), EVERYWHERE)
+def test_sec_03_every_route_there_is_refuses_what_a_foreign_page_would_send(
+    unreached: Supervised, method: bytes, path: bytes
+) -> None:
+    hostile = [
+        post(b"Origin: https://evil.example", target=path),
+        post(b"Origin: null", target=path),
+        post(b"Sec-Fetch-Site: cross-site", target=path),
+        post(target=path, host=b"evil.example"),
+    ]
+    for request in hostile:
+        status, head, _ = unreached.raw(request.replace(b"POST", method, 1))
+        assert status == 403, request
+        assert b"access-control" not in head.lower()  # SEC-10
+
+
+@pytest.mark.parametrize(("method", "path"), EVERYWHERE)
+def test_sec_10_no_route_answers_a_page_with_more_than_its_own_name(server: Supervised, method: bytes, path: bytes) -> None:
+    request = post(b"Origin: http://localhost:3000", b"Content-Type: application/json", target=path, body=b"{")
+    _, head, _ = server.raw(request.replace(b"POST", method, 1))
+    named = [line for line in head.lower().split(b"\r\n") if line.startswith(b"access-control")]
+    assert named == [b"access-control-allow-origin: http://localhost:3000"]
+
+
 @pytest.mark.parametrize(
     "origin",
     ["http://localhost", "http://localhost:3000", "https://127.0.0.1:8443", "http://[::1]:1", "app://obsidian.md", "tauri://x"],
@@ -198,9 +226,10 @@ def test_only_a_page_must_say_what_its_body_is(server: Supervised, unreached: Su
     assert unreached.raw(post(b"Origin: http://localhost", b"Content-Type: application/json; charset=utf-8", body=b"{"))[0] == 400
 
 
-def test_a_compressed_body_is_a_415(unreached: Supervised) -> None:
-    for coding in (b"gzip", b"zstd", b"br", b"x"):
-        assert unreached.raw(post(b"Content-Encoding: " + coding))[0] == 415
+def test_sec_27_a_compressed_body_is_a_415_wherever_it_goes(unreached: Supervised) -> None:
+    for coding in (b"gzip", b"deflate", b"zstd", b"br", b"x", b"gzip, identity"):
+        for path in [path for method, path in EVERYWHERE if method == b"POST"]:
+            assert unreached.raw(post(b"Content-Encoding: " + coding, target=path))[0] == 415
     assert unreached.raw(post(b"Content-Encoding: identity", body=b"{"))[0] == 400
 
 

@@ -15,8 +15,9 @@ import openai
 import pytest
 from server_client import Background, Supervised, supervised, until
 
-from mlxd.api.exchange import Exchange, Uploads
+from mlxd.api.exchange import Exchange
 from mlxd.messages import EngineDown
+from mlxd.uploads import Uploads
 
 QUICK: dict[str, Any] = {"server": {"ping_s": 0.1}}
 PATHS = ["/api/chat", "/api/generate", "/v1/chat/completions"]

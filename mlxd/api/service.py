@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from mlxd import guard
 from mlxd.admission import Admission, Priority
 from mlxd.aliases import Aliases
-from mlxd.api.exchange import Exchange, Filler, Uploads
+from mlxd.api.exchange import Exchange, Filler
 from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
@@ -27,6 +27,7 @@ from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
+from mlxd.uploads import Uploads
 
 T = TypeVar("T")
 
