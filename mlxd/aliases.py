@@ -20,11 +20,14 @@ from mlxd.errors import Refused
 from mlxd.lock import flocked
 from mlxd.paths import write_atomically
 
-#: Together at most 32 MiB, which are read in 0.1 s.
+#: Together at most 32 MiB, which are read in 0.3 s.
 MOST = 256
 MOST_BYTES = 128 * 1024
 #: A change takes milliseconds; another server may be at it.
 PATIENCE_S = 5.0
+
+#: Fields of an alias that say something.
+SETTINGS = ("system", "parameters", "messages", "template", "license")
 
 Message = dict[str, Any]
 
@@ -86,9 +89,6 @@ class Alias(Struct, frozen=True, omit_defaults=True):
         first = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
         system = [{"role": "system", "content": self.system}] if self.system and not first else []
         return [*messages[:first], *system, *([] if continued else self.messages), *messages[first:]]
-
-
-SETTINGS = ("system", "parameters", "messages", "template", "license")
 
 
 class Aliases:
@@ -167,6 +167,7 @@ class Aliases:
             aliases = self.read()
             yield aliases
             write_atomically(self.path, msgspec.json.format(msgspec.json.encode(list(aliases.values()))) + b"\n")
+            self.last = (None, {})  # two writes within a tick of the file system's clock may have the same stamp
         except (OSError, ValueError) as error:  # msgspec's are ValueErrors
             raise Refused(500, unreadable(error)) from None
         finally:

@@ -221,7 +221,7 @@ def remove_directory(root: Path, directory: Path) -> None:
 
 def remove_from_hub(hub: Path, repository: Path) -> None:
     """A repository with all its revisions. Raises Refused, OSError."""
-    from huggingface_hub import scan_cache_dir  # 0.3 s, and hardly anybody deletes
+    from huggingface_hub import scan_cache_dir  # takes 0.6 s, and hardly anybody deletes
 
     cache = scan_cache_dir(hub)
     found = [repo for repo in cache.repos if repo.repo_path == repository.resolve()]
