@@ -31,6 +31,8 @@ from mlxd.messages import (
     Call,
     Cancel,
     Done,
+    Embed,
+    Embedded,
     Event,
     Failed,
     Load,
@@ -157,12 +159,13 @@ class Result:
     thinking: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
     done: Done | None = None
+    embedded: Embedded | None = None
     failed: Failed | None = None
     events: list[Event] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
-        return self.done is not None or self.failed is not None
+        return self.done is not None or self.embedded is not None or self.failed is not None
 
     def take(self, event: Event) -> None:
         assert not self.ended, f"{event!r} after the end {self.done or self.failed!r}"
@@ -180,6 +183,8 @@ class Result:
                 self.calls.append((event.name, event.arguments))
             case Done():
                 self.done = event
+            case Embedded():
+                self.embedded = event
             case Failed():
                 self.failed = event
             case Progress():
@@ -217,6 +222,18 @@ class Wire:
         self.results[job] = Result()
         self.send(Submit(**{"job": job, "sampling": GREEDY} | fields))
         return job
+
+    def submit_texts(self, inputs: list[Any], **fields: Any) -> int:
+        """To be embedded. Returns the job's number."""
+        job = next(self.numbers)
+        self.results[job] = Result()
+        self.send(Embed(job=job, inputs=inputs, **fields))
+        return job
+
+    def embed(self, inputs: list[Any], **fields: Any) -> Result:
+        job = self.submit_texts(inputs, **fields)
+        self.finish([job])
+        return self.results[job]
 
     def cancel(self, job: int) -> None:
         self.send(Cancel(job))

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxd import messages
-from mlxd.messages import Event, Step, Submit
+from mlxd.messages import Embed, Event, Step, Submit
 
 #: Of one job: what it is, what went through so far, what is about to.
-Passes = Callable[[Submit, list[Event], Event], bool]
+Passes = Callable[[Submit | Embed, list[Event], Event], bool]
 
 
 class Gate:
@@ -25,7 +25,7 @@ class Gate:
         self.target = target
         self.passes = passes
         self.held: set[int] = set()
-        self.submits: dict[int, Submit] = {}
+        self.submits: dict[int, Submit | Embed] = {}
         self.seen: dict[int, list[Event]] = {}
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(path))
@@ -52,7 +52,7 @@ class Gate:
         with server.makefile("rb") as frames:
             while data := read(frames):
                 message = messages.to_engine.decode(data)
-                if isinstance(message, Submit):
+                if isinstance(message, Submit | Embed):
                     self.submits[message.job] = message
                     self.seen[message.job] = []
                 engine.sendall(messages.LENGTH.pack(len(data)) + data)

@@ -115,17 +115,22 @@ class Engine:
             self.gate.close()
 
 
+def directory_of(home: Path, model: str) -> Path:
+    return Path(mlxd.__file__).parent / "builtin" if model == BUILTIN else home / "models" / model.removesuffix(":latest")
+
+
 class RealEngine(Engine):
-    """`python -m mlxd.engine` on the built-in model."""
+    """`python -m mlxd.engine` on the built-in model, or on one that is more than a fake."""
 
     def spawn(self, home: Path) -> subprocess.Popen[bytes]:
         self.real = EngineProcess(home / f"e{self.number}")
         self.path = self.real.socket_path
+        self.directory = directory_of(home, self.model)
         return self.real.process
 
     def await_ready(self) -> None:
         with contextlib.suppress(AssertionError, OSError):  # it was killed while it loaded
-            self.real.load(Path(mlxd.__file__).parent / "builtin", self.model)
+            self.real.load(self.directory, self.model)
 
     def kill(self) -> None:
         super().kill()
@@ -152,9 +157,8 @@ class Server:
 
 class Supervised:
     """A server and what its supervisor would do for it: engines come when wanted, go when released, and are replaced when they die.
-    Engines are fake but that of the built-in model. `usual_cause`: of an engine that was not killed, `kill_cause`: of one that was.
-    `next`: what comes after a death, `retry_s`: when, as it is told; `pause_s`: when it is "replaced". `passes`: engines stand behind a
-    gate.
+    Engines are fake but those of whole models. `usual_cause`: of an engine that was not killed, `kill_cause`: of one that was. `next`: what
+    comes after a death, `retry_s`: when, as it is told; `pause_s`: when it is "replaced". `passes`: engines stand behind a gate.
 
     A model whose name holds `refused` cannot be loaded, one with `retried` not before 300 s, one with `held` is wanted in vain until
     `let_up`.
@@ -284,7 +288,8 @@ class Supervised:
             if self.ending:
                 return
             known = self.engine(model)
-            kind = RealEngine if model == BUILTIN else Engine
+            whole = (directory_of(self.home, model) / "tokenizer_config.json").exists()
+            kind = RealEngine if whole else Engine
             engine = known or kind(len(self.engines) + 1, model, self.home)
             if known is None:
                 self.engines.append(engine)

@@ -675,7 +675,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "config is no JSON": ({"config__json": b"{"}, "config.json is not valid JSON"),
     "config is a list": ({"config__json": b"[]"}, "config.json is not a JSON object"),
     "no type": ({"config__json": {"model_type": None}}, "config.json names no model_type"),
-    "unknown type": ({"config__json": {"model_type": "bert"}}, "model_type 'bert', which mlx-lm cannot run"),
+    "unknown type": ({"config__json": {"model_type": "bart"}}, "model_type 'bart', which mlx-lm cannot run"),
     "a path as type": ({"config__json": {"model_type": "../evil"}}, "model_type '../evil', which mlx-lm cannot run"),
     "no weights": ({"model__safetensors": None}, "model.safetensors is missing"),
     "truncated": ({"model__safetensors": (BUILTIN / "model.safetensors").read_bytes()[:100_000]}, "model.safetensors is cut short"),

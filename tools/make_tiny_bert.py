@@ -97,7 +97,10 @@ def make(out: Path, seed: int = 0, prefix: str = "", pooling: str | None = None,
     weights = {prefix + name: mx.array(weight) for name, weight in make_weights(shape, seed).items()}
     mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "pt"})
     write(out / "config.json", shape)
-    make_tokenizer().save(str(out / "tokenizer.json"))
+    tokenizer = make_tokenizer()
+    tokenizer.enable_padding(length=CONTEXT_TOKENS)  # as the file of all-MiniLM-L6-v2 has it; whoever embeds must not obey
+    tokenizer.enable_truncation(CONTEXT_TOKENS // 4)
+    tokenizer.save(str(out / "tokenizer.json"))
     marks = {f"{mark.strip('[]').lower()}_token": mark for mark in MARKS}
     write(out / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "model_max_length": CONTEXT_TOKENS} | marks)
     if pooling is not None:

@@ -152,9 +152,6 @@ class Service:
     async def answer(self, exchange: Exchange, requests: list[Request], view: View, stream: bool) -> None:
         """Serve requests of one model, each a choice of one answer, to their end, or until their client leaves. Raises Refused before the
         first byte."""
-        if requests[0].model.embeds:
-            asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
-            raise Refused(400, f"{requests[0].model.name.removesuffix(':latest')} does not support {asked}")
         answer = StreamedAnswer(exchange, view, len(requests)) if stream else WholeAnswer(exchange, view, len(requests))
         try:
             await self.serve(exchange, requests, answer.tell, view if stream else None)
@@ -196,6 +193,10 @@ class Service:
     async def serve(self, exchange: Exchange, requests: list[Request], tell: Tell, filler: Filler | None = None) -> None:
         """All events of the requests, until their client leaves. Raises Refused."""
         self.check_supervised()
+        model = requests[0].model
+        if model.embeds and requests[0].inputs is None:
+            asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
+            raise Refused(400, f"{model.name.removesuffix(':latest')} does not support {asked}")
         with contextlib.ExitStack() as kept:
             entries: list[Entry] = []
             for request in requests:

@@ -13,7 +13,6 @@ import msgspec
 
 from mlxd.api.exchange import Exchange
 from mlxd.api.fields import Malformed
-from mlxd.errors import Refused
 
 #: LangChain sends all the pieces of a document at once.
 MOST_INPUTS = 8192
@@ -23,11 +22,11 @@ PIECE_BYTES = 256 * 1024
 
 
 def bounded(inputs: Sequence[str | list[int]]) -> list[str | list[int]]:
-    """The same. Raises Refused when it is too much for one request."""
+    """The same. Raises Malformed when it is too much for one request."""
     if len(inputs) > MOST_INPUTS:
         raise Malformed("input", f"at most {MOST_INPUTS} inputs in one request, not {len(inputs)}")
-    if 4 * sum(map(len, inputs)) > MOST_INPUT_BYTES and sum(map(size, inputs)) > MOST_INPUT_BYTES:
-        raise Refused(413, f"input: at most {MOST_INPUT_BYTES} bytes of text in one request")
+    if sum(map(size, inputs)) > MOST_INPUT_BYTES:
+        raise Malformed("input", f"at most {MOST_INPUT_BYTES} bytes of text in one request")
     return list(inputs)
 
 

@@ -254,7 +254,7 @@ class Batch:
         except WrongOutput as error:
             raise Broken(str(error)) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # MLX's own failures are RuntimeErrors
-            raise Broken(f"mlx-lm cannot run it: {type(error).__name__}: {error}") from error
+            raise Broken(f"{'mlx-lm' if self.generator else 'mlxd'} cannot run it: {type(error).__name__}: {error}") from error
         gc.collect()
         gc.freeze()  # some 300,000 objects of the libraries that no collection need look at again
 
@@ -278,9 +278,9 @@ class Batch:
             if not (self.rows or self.texts) and self.inbox.empty():
                 mx.clear_cache()  # an idle engine keeps no buffers
             self.inbox.get()(tick)
-        tick.began_ns = time.monotonic_ns()
         if self.texts:
             self.read(tick)
+        tick.began_ns = time.monotonic_ns()
         if self.rows:
             self.step(tick)
         tick.ended_ns = time.monotonic_ns()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, takewhile
 from typing import Literal
 
 import msgspec
@@ -140,13 +141,17 @@ class EmbedJob:
     def tell(self, event: Event) -> None:
         self.connection.events.append(event)
 
-    def next_slice(self) -> tuple[int, int]:
-        """Where the texts that are tokenised next end, and how many bytes they are, about."""
-        size, end = 0, len(self.ids)
-        while end < len(self.submit.inputs) and size < SLICE_BYTES:
-            size += 4 * len(self.submit.inputs[end])
-            end += 1
-        return end, size
+    @property
+    def next_texts(self) -> range:
+        """Which ones are tokenised next, one at least."""
+        start, inputs = len(self.ids), self.submit.inputs
+        sizes = accumulate(4 * len(inputs[index]) for index in range(start, len(inputs)))
+        return range(start, min(len(inputs), start + 1 + sum(1 for _ in takewhile(SLICE_BYTES.__gt__, sizes))))
+
+    @property
+    def size_bytes(self) -> int:
+        """Of those, at most."""
+        return sum(4 * len(self.submit.inputs[index]) for index in self.next_texts)
 
 
 class Service:
@@ -213,21 +218,21 @@ class Service:
         elif why := self.inability(message):
             connection.send(Step([Failed(message.job, 400, why)]))
         else:
-            made = EmbedJob(connection, message) if isinstance(message, Embed) else Job(connection, message)
-            connection.jobs[message.job] = made
-            self.unprepared.put_nowait(made)
+            job = EmbedJob(connection, message) if isinstance(message, Embed) else Job(connection, message)
+            connection.jobs[message.job] = job
+            self.unprepared.put_nowait(job)
 
     def inability(self, message: Submit | Embed) -> str:
         """Why this model cannot do that, whatever the text; "" when it can."""
         opened, name = self.opened, self.loaded.model
         if isinstance(message, Submit):
-            return "" if opened.generates else f"{name} does not support generate: it only embeds"
+            return "" if opened.generates else f"{name} does not support generate"
         if opened.no_vectors:
             return f"{name} does not support embeddings: {opened.no_vectors}"
         most = (messages.MAX_FRAME_BYTES - FRAME_MARGIN_BYTES) // (4 * opened.vector_length)
-        return (
-            "" if len(message.inputs) <= most else f"input: at most {most} vectors of {opened.vector_length} numbers in one request"
-        )
+        if len(message.inputs) > most:
+            return f"input: at most {most} vectors of {opened.vector_length} numbers in one request"
+        return ""
 
     @property
     def unadmitted(self) -> int:
@@ -303,15 +308,13 @@ class Service:
 
     def limit_s(self, job: Job | EmbedJob) -> float:
         """How long the text of a job may take: no more of it is tokenised than could fit the context."""
-        if isinstance(job, EmbedJob):
-            return self.text_s + TEXT_S_PER_BYTE * job.next_slice()[1]
         tokenised = min(job.size_bytes, BYTES_PER_TOKEN * self.loaded.context_length)
         return min(self.text_s + TEXT_S_PER_BYTE * tokenised + RENDER_S_PER_BYTE * job.size_bytes, max(self.text_s, MOST_TEXT_S))
 
     def prepare(self, job: Job | EmbedJob) -> None:
         """In the text thread. Raises Refused."""
         if isinstance(job, EmbedJob):
-            job.ids += [self.prompter.text(job.submit, index) for index in range(len(job.ids), job.next_slice()[0])]
+            job.ids += [self.prompter.text(job.submit, index) for index in job.next_texts]
             return
         for token in job.submit.sampling.logit_bias:
             if not 0 <= token < self.vocabulary_size:  # MLX would write beyond the logits
