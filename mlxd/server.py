@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health
+from mlxd import guard, health, openapi
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -58,6 +58,12 @@ STOPPING = "the server is being stopped or replaced; please try again"
 
 Endpoint = Callable[[Service, Exchange], Awaitable[None]]
 
+
+async def describe(service: Service, exchange: Exchange) -> None:
+    """The OpenAPI document: this one."""
+    await exchange.reply(200, openapi.encoded(tuple(ROUTES)))
+
+
 ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/", ollama.root),
     ("GET", "/api/version", ollama.version),
@@ -88,6 +94,7 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/health", health.report),
     ("GET", "/health/live", health.live),
     ("GET", "/health/ready", health.ready),
+    ("GET", "/openapi.json", describe),
 ]
 
 

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import NULL, Budget, Fraction, Integer, Malformed, Positive, StopString, Temperature, whole
+from mlxd.api.fields import Budget, Fraction, Integer, Malformed, Positive, StopString, Temperature, whole
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Answered, Request
@@ -50,9 +50,9 @@ class Block(Struct):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: msgspec.Raw = NULL
+    input: msgspec.Raw = fields.free()
     tool_use_id: str | None = None
-    content: msgspec.Raw = NULL
+    content: msgspec.Raw = fields.free()
     is_error: bool | None = None
 
 
@@ -68,7 +68,7 @@ class Tool(Struct):
     name: str | None = None
     type: str | None = None
     description: str | None = None
-    input_schema: msgspec.Raw = NULL
+    input_schema: msgspec.Raw = fields.free()
     strict: bool | None = None
 
 
@@ -84,7 +84,7 @@ class Thinking(Struct):
 
 class OutputFormat(Struct):
     type: Literal["json_schema"]
-    schema: msgspec.Raw = NULL
+    schema: msgspec.Raw = fields.free()
 
 
 class OutputConfig(Struct):

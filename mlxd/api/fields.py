@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,13 @@ T = TypeVar("T")
 MOST_DEPTH = 64
 MOST_FREE_BYTES = 1024 * 1024
 NULL = msgspec.Raw(b"null")
+
+
+def free() -> Any:
+    """The default of a field that is left undecoded. A factory, since msgspec's JSON schema cannot show a Raw."""
+    return msgspec.field(default_factory=lambda: NULL)
+
+
 #: JSON knows no integers: strict msgspec refuses 4.0 for an int and lax takes "5", so integers are both, and `whole` looks.
 #: Ends of the range: what fits a double exactly.
 MOST = 2**53

@@ -66,7 +66,7 @@ GO_TYPES = {"stop": "[]string"} | dict.fromkeys(("num_ctx", "num_predict", "top_
 
 class FunctionCall(Struct):
     name: str
-    arguments: msgspec.Raw = NULL
+    arguments: msgspec.Raw = fields.free()
 
 
 class ToolCall(Struct):
@@ -77,7 +77,7 @@ class ToolCall(Struct):
 class Message(Struct):
     role: str
     content: str | None = None
-    images: msgspec.Raw = NULL
+    images: msgspec.Raw = fields.free()
     thinking: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=1024)] | None = None
     tool_name: str | None = None
@@ -100,7 +100,7 @@ class Common(Struct):
 
     model: str | None = None
     stream: bool | None = None
-    format: msgspec.Raw = NULL
+    format: msgspec.Raw = fields.free()
     keep_alive: float | str | None = None
     options: Options | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
@@ -112,7 +112,7 @@ class Common(Struct):
 
 class Chat(Common):
     messages: Annotated[list[Message], Meta(max_length=4096)] | None = None
-    tools: msgspec.Raw = NULL
+    tools: msgspec.Raw = fields.free()
 
 
 class Generate(Common):
@@ -122,7 +122,7 @@ class Generate(Common):
     template: str | None = None
     context: list[TokenId] | None = None
     raw: bool | None = None
-    images: msgspec.Raw = NULL
+    images: msgspec.Raw = fields.free()
 
 
 class Named(Struct):

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import NULL, Malformed
+from mlxd.api.fields import Malformed
 from mlxd.api.ollama import NDJSON, Named, Options, encode, nameds, parameters, parse
 from mlxd.api.service import Service
 from mlxd.errors import Refused
@@ -46,9 +46,9 @@ class Create(Named):
     messages: Annotated[list[Said], Meta(max_length=4096)] | None = None
     template: str | None = None
     license: list[str] | str | None = None
-    files: msgspec.Raw = NULL
-    adapters: msgspec.Raw = NULL
-    quantize: msgspec.Raw = NULL
+    files: msgspec.Raw = fields.free()
+    adapters: msgspec.Raw = fields.free()
+    quantize: msgspec.Raw = fields.free()
     stream: bool | None = None
 
 

@@ -70,7 +70,7 @@ class Reasoning(Struct):
 
 class JsonSchema(Struct):
     name: str | None = None
-    schema: msgspec.Raw = NULL
+    schema: msgspec.Raw = fields.free()
     strict: bool | None = None
 
 
@@ -85,7 +85,7 @@ FunctionName = Annotated[str, Meta(min_length=1, max_length=256)]
 class Function(Struct):
     name: FunctionName
     description: str | None = None
-    parameters: msgspec.Raw = NULL
+    parameters: msgspec.Raw = fields.free()
     strict: bool | None = None
 
 
@@ -142,15 +142,15 @@ class Chat(Common):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     reasoning_effort: str | None = None
     reasoning: Reasoning | None = None
-    functions: msgspec.Raw = NULL
-    audio: msgspec.Raw = NULL
-    web_search_options: msgspec.Raw = NULL
+    functions: msgspec.Raw = fields.free()
+    audio: msgspec.Raw = fields.free()
+    web_search_options: msgspec.Raw = fields.free()
 
 
 class Completion(Common):
     """The body of /v1/completions. The prompt goes to the model as it is, without the chat template: text or tokens, one or many."""
 
-    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["string", "array", "null"]})] = NULL
+    prompt: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["string", "array", "null"]})] = fields.free()
     suffix: str | None = None
     echo: bool | None = None
     best_of: Positive | None = None

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from mlxd.api import fields, openai
 from mlxd.api.exchange import Exchange
-from mlxd.api.fields import NULL, Budget, Fraction, Malformed, Positive, whole
+from mlxd.api.fields import Budget, Fraction, Malformed, Positive, whole
 from mlxd.api.openai import Function, FunctionName, Part, Sse, offered, text_of, tool_call, with_top
 from mlxd.api.service import Service
 from mlxd.api.store import Kept
@@ -37,7 +37,7 @@ class Item(Struct):
     name: str | None = None
     arguments: str | None = None
     input: str | None = None
-    action: msgspec.Raw = NULL
+    action: msgspec.Raw = fields.free()
     output: str | list[Part] | None = None
     summary: list[Part] | None = None
     encrypted_content: str | None = None
@@ -49,7 +49,7 @@ class Tool(Struct, omit_defaults=True):
     type: str
     name: FunctionName | None = None
     description: str | None = None
-    parameters: msgspec.Raw = NULL
+    parameters: msgspec.Raw = fields.free()
     strict: bool | None = None
     tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
 
@@ -62,7 +62,7 @@ class ToolChoice(Struct):
 class TextFormat(Struct, omit_defaults=True):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
-    schema: msgspec.Raw = NULL
+    schema: msgspec.Raw = fields.free()
     strict: bool | None = None
 
 
@@ -96,9 +96,9 @@ class Create(Struct):
     text: Text | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    metadata: msgspec.Raw = NULL
-    conversation: msgspec.Raw = NULL
-    prompt: msgspec.Raw = NULL
+    metadata: msgspec.Raw = fields.free()
+    conversation: msgspec.Raw = fields.free()
+    prompt: msgspec.Raw = fields.free()
 
 
 creates = msgspec.json.Decoder(Create)
