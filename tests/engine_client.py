@@ -25,7 +25,23 @@ import msgspec
 from mlxd import messages
 from mlxd.config import Config
 from mlxd.link import ChildSettings
-from mlxd.messages import Accepted, Bye, Cancel, Done, Event, Failed, Load, Loaded, Progress, Pulse, Sampling, Step, Submit, Token
+from mlxd.messages import (
+    Accepted,
+    Bye,
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Load,
+    Loaded,
+    Progress,
+    Pulse,
+    Sampling,
+    Step,
+    Submit,
+    Token,
+    TokenLogprob,
+)
 
 DEADLINE_S = 30.0
 W = TypeVar("W")
@@ -139,6 +155,7 @@ class Result:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     thinking: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     done: Done | None = None
     failed: Failed | None = None
     events: list[Event] = field(default_factory=list)
@@ -155,6 +172,7 @@ class Result:
                 self.prompt_ids, self.cached, self.continued = event.prompt_ids, event.cached, event.continued
             case Token():
                 self.ids += event.ids
+                self.logprobs += event.logprobs
                 if event.thinking:
                     self.thinking += event.text
                 else:

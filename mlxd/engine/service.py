@@ -73,10 +73,12 @@ class Connection:
 
 
 class Job:
-    """One request, from its Submit to its last event. `prompt` to `row` are set once the prompt is tokenised."""
+    """One request, from its Submit to its last event. `prompt` to `row` are set once the prompt is tokenised and its grammar, if it is
+    `constrained`, compiled."""
 
     prompt: Prompt
     answer: Answer
+    constrained = False
     constraint: Constraint | None = None
     row: Row | None = None
     compiling: asyncio.Task[None] | None = None
@@ -205,7 +207,7 @@ class Service:
                 log.exception("job %d has no prompt", job.submit.job)
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
             else:
-                if is_constrained(job.submit):
+                if job.constrained:
                     job.compiling = asyncio.create_task(self.constrain(job))
                 else:
                     self.admit(job)
@@ -231,6 +233,9 @@ class Service:
                 self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             except Refused as refused:
                 self.fail(job, refused.status, refused.message)
+            except Exception as error:  # of a shape that nobody thought of: it concerns this request alone
+                log.exception("job %d has no grammar", job.submit.job)
+                self.fail(job, 500, f"the grammar of this request cannot be made: {type(error).__name__}: {error}")
             else:
                 self.admit(job)
             self.flush()
@@ -245,6 +250,7 @@ class Service:
         for token in job.submit.sampling.logit_bias:
             if not 0 <= token < self.vocabulary_size:  # MLX would write beyond the logits
                 raise Refused(400, f"logit_bias names token {token}, and this model's are 0 to {self.vocabulary_size - 1}")
+        job.constrained = is_constrained(job.submit)
         job.prompt = self.prompter.prepare(job.submit)
         job.answer = Answer(self.tokenizer, job.submit.stop, thinking=job.prompt.thinking, continued=job.prompt.continued)
         for token in job.submit.emitted:  # what an earlier engine said; its text is with the client
