@@ -43,6 +43,7 @@ from mlxd.messages import (
     Step,
     Submit,
     Token,
+    TokenLogprob,
 )
 
 DEADLINE_S = 30.0
@@ -158,6 +159,7 @@ class Result:
     text: str = ""
     thinking: str = ""
     calls: list[tuple[str, str]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     done: Done | None = None
     embedded: Embedded | None = None
     failed: Failed | None = None
@@ -175,6 +177,7 @@ class Result:
                 self.prompt_ids, self.cached, self.continued = event.prompt_ids, event.cached, event.continued
             case Token():
                 self.ids += event.ids
+                self.logprobs += event.logprobs
                 if event.thinking:
                     self.thinking += event.text
                 else:

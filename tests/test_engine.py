@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import signal
 import socket
@@ -134,6 +135,63 @@ def test_a_seed_gives_its_words_again_and_another_seed_gives_others(wire: Wire) 
 def test_top_k_1_is_greedy(wire: Wire) -> None:
     result = wire.ask(messages=user(QUESTION), sampling=Sampling(seed=5, temperature=2.0, top_k=1))
     assert result.text == KNOWN[QUESTION]
+
+
+# --- penalties, biases, log-probabilities ------------------------------------------------------------------------------------
+
+TILTED: dict[str, dict[str, Any]] = {
+    "penalties": {"repeat_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.4, "temperature": 0.8},
+    "answer alone": {"frequency_penalty": 1.5, "penalty_last_n": -1, "penalize_prompt": False},
+    "bias": {"logit_bias": dict.fromkeys(range(20, 60), 9.0), "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("name", TILTED)
+def test_a_tilted_row_says_its_own_words_alone_in_company_and_resumed(wire: Wire, name: str) -> None:
+    fields = {"messages": user("Count from 1 to 100."), "sampling": Sampling(seed=3, **TILTED[name]), "max_tokens": 60}
+    plain = {"messages": user(QUESTION), "sampling": GREEDY, "top_logprobs": 3}
+    whole = wire.ask(**fields)
+    assert whole.ids != wire.ask(**fields | {"sampling": Sampling(seed=3, temperature=TILTED[name].get("temperature", 0))}).ids
+    cuts = range(0, len(whole.ids), 7)
+    jobs = [wire.submit(**plain), *(wire.submit(**fields, emitted=whole.ids[:cut]) for cut in cuts)]
+    wire.finish(jobs)
+    assert wire.results[jobs[0]].text == KNOWN[QUESTION]
+    assert [whole.ids[:cut] + wire.results[job].ids for cut, job in zip(cuts, jobs[1:], strict=True)] == [whole.ids] * len(cuts)
+
+
+def test_a_banned_token_never_comes_and_a_token_that_is_none_is_a_400(wire: Wire) -> None:
+    usual = wire.ask(messages=user(QUESTION)).ids
+    for seed in range(3):
+        banned = Sampling(seed=seed, temperature=1.0, logit_bias=dict.fromkeys(usual, -100.0))
+        result = wire.ask(messages=user(QUESTION), sampling=banned, max_tokens=40)
+        assert result.ids
+        assert set(usual).isdisjoint(result.ids)
+    for token in (-1, 1024, 2**40):
+        failed = wire.ask(messages=user(QUESTION), sampling=Sampling(seed=0, logit_bias={token: 1.0})).failed
+        assert failed is not None
+        assert (failed.status, failed.message) == (400, f"logit_bias names token {token}, and this model's are 0 to 1023")
+
+
+def test_each_token_comes_with_its_log_probability_and_the_best_beside_it(wire: Wire) -> None:
+    question = list(UNICODE)[-1]
+    result = wire.ask(messages=user(question), top_logprobs=5)
+    assert len(result.logprobs) == len(result.ids)
+    assert b"".join(told.token.raw for told in result.logprobs).decode() == UNICODE[question]
+    assert any("\ufffd" in told.token.text for told in result.logprobs), "no token was a part of a character"
+    for told in result.logprobs:
+        assert told.token == told.top[0], "greedy"
+        best = [alternative.logprob for alternative in told.top]
+        assert best == sorted(best, reverse=True)
+        assert len(best) == 5
+        assert sum(math.exp(logprob) for logprob in best) <= 1 + 1e-6
+    hot = {"messages": user(question), "sampling": Sampling(seed=1, temperature=2.0), "max_tokens": 12}
+    drawn = wire.ask(**hot, top_logprobs=0)
+    assert [told.top for told in drawn.logprobs] == [[]] * 12
+    assert all(told.token.logprob <= 0 for told in drawn.logprobs)
+    assert wire.ask(**hot).logprobs == []
+    rest = wire.ask(**hot, top_logprobs=0, emitted=drawn.ids[:5])
+    assert [told.token.text for told in rest.logprobs] == [told.token.text for told in drawn.logprobs[5:]]
+    assert all(abs(a.token.logprob - b.token.logprob) < 1e-3 for a, b in zip(rest.logprobs, drawn.logprobs[5:], strict=True))
 
 
 # --- stop strings, limits --------------------------------------------------------------------------------------------------

@@ -149,6 +149,105 @@ def test_a_plan_counts_positions_as_steps_pass() -> None:
     assert len(set(stepped)) > 4
 
 
+# --- penalties, biases, log-probabilities ----------------------------------------------------------------------------------------
+
+
+def steered(samplings: list[Sampling], logits: mx.array, before: list[list[int]], tokens: list[int], prompt: int = 2) -> np.ndarray:
+    """What becomes of the logits of rows whose prompts have `prompt` tokens."""
+    plan = Plan([Draw(s, prompt) for s in samplings], [len(b) for b in before], logits.shape[-1])
+    assert plan.steered
+    return np.array(plan.steer(logits, before, tokens).astype(mx.float32))
+
+
+LINE = [[4.0, -4.0, 2.0, 1.0, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"repeat_penalty": 2.0}, [2.0, -8.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"presence_penalty": 1.0}, [3.0, -5.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"frequency_penalty": 1.0}, [3.0, -6.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"frequency_penalty": -1.0}, [5.0, -2.0, 3.0, 1.0, 0.5, 0.0]),
+        ({"presence_penalty": 1.0, "penalty_last_n": 2}, [4.0, -5.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"presence_penalty": 1.0, "penalty_last_n": 1}, [4.0, -4.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"presence_penalty": 1.0, "penalty_last_n": -1}, [3.0, -5.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"frequency_penalty": 1.0, "penalize_prompt": False}, [4.0, -5.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"frequency_penalty": 1.0, "penalize_prompt": False, "penalty_last_n": 1}, [4.0, -4.0, 1.0, 1.0, 0.5, 0.0]),
+        ({"logit_bias": {3: 5.0, 5: -1.0, 6: 9.0}}, [4.0, -4.0, 2.0, 6.0, 0.5, -1.0]),
+        ({"logit_bias": {0: -1.0}, "repeat_penalty": 3.0, "penalty_last_n": -1}, [1.0, -12.0, 2 / 3, 1.0, 0.5, 0.0]),
+    ],
+    ids=str,
+)
+def test_penalties_change_the_tokens_of_their_window_and_no_others(fields: dict[str, Any], expected: list[float]) -> None:
+    """The prompt is 0 and 1, the answer so far 1 and 2; token 9 is one that the model reads and cannot write."""
+    logits = mx.array(LINE)
+    got = steered([Sampling(seed=0, **fields)], logits, [[0, 1, 1]], [2])
+    assert np.allclose(got, [expected])
+    assert np.array_equal(np.array(logits), LINE), "the model's own logits were written over"
+    if "penalty_last_n" not in fields and fields.get("penalize_prompt", True):
+        assert np.allclose(steered([Sampling(seed=0, **fields)], logits, [[9, 0, 1, 1]], [2], 3), [expected])
+
+
+def test_before_the_first_token_only_the_prompt_can_be_penalised() -> None:
+    for penalised in (True, False):
+        draw = Sampling(seed=0, presence_penalty=1.0, penalize_prompt=penalised)
+        got = steered([draw], mx.array(LINE), [[0]], [1])
+        assert np.array_equal(got, [[3.0, -5.0, 2.0, 1.0, 0.5, 0.0]] if penalised else LINE)
+
+
+def test_rows_without_penalties_are_left_alone_and_a_batch_of_them_is_not_steered() -> None:
+    off = Sampling(seed=0, repeat_penalty=1.0, penalty_last_n=0, temperature=0.7)
+    unseen = Sampling(seed=0, repeat_penalty=1.5, penalty_last_n=0)
+    assert not Plan([Draw(off, 2), Draw(unseen, 2)], [1, 1], VOCABULARY).steered
+    logits = random_logits(3).astype(mx.bfloat16)
+    heavy = Sampling(seed=0, repeat_penalty=1.7, logit_bias={3: 2.5})
+    got = steered([off, heavy, off], logits, [[1], [2, 3], [4]], [5, 6, 7])
+    alone = steered([heavy], logits[1:2], [[2, 3]], [6])
+    assert np.array_equal(got[1], alone[0])
+    untouched = np.array(logits.astype(mx.float32))
+    assert np.array_equal(got[::2], untouched[::2])
+    assert not np.array_equal(got[1], untouched[1])
+
+
+def test_penalties_out_of_range_leave_numbers() -> None:
+    for value in (1e300, -1e300):
+        s = Sampling(seed=0, presence_penalty=value, frequency_penalty=value, repeat_penalty=abs(value), logit_bias={2: value})
+        assert np.isfinite(steered([s], mx.array(LINE), [[0, 1, 1]], [2])).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_log_probabilities_are_of_the_models_own_logits_in_falling_order(dtype: mx.Dtype) -> None:
+    logits = random_logits(3).astype(dtype)
+    drawn = mx.argmax(logits, axis=-1)
+    samplings = [Sampling(seed=0, temperature=3.0, logit_bias={1: 50.0}), Sampling(seed=0), Sampling(seed=0)]
+    plan = Plan([Draw(s, 1, None, n) for s, n in zip(samplings, [20, None, 0], strict=True)], [1] * 3, VOCABULARY)
+    first, none, bare = plan.rank(logits, drawn)[0]
+    assert none is None
+    assert first is not None
+    assert bare is not None
+    odds = first.read()
+    x = np.array(logits[0].astype(mx.float32), np.float64)
+    x -= np.log(np.exp(x).sum())
+    order = sorted(range(VOCABULARY), key=lambda token: (-x[token], token))[:20]
+    assert [token for token, _ in odds.best] == order
+    assert np.allclose([logprob for _, logprob in odds.best], x[order], atol=1e-5)
+    assert odds.drawn == odds.best[0][1]
+    assert bare.read().best == []
+    alone = Plan([Draw(samplings[2], 1, None, 0)], [1], VOCABULARY).rank(logits[2:], drawn[2:])[0][0]
+    assert alone is not None
+    assert alone.read() == bare.read()
+
+
+def test_a_vocabulary_smaller_than_what_may_be_asked_for_is_told_of_whole() -> None:
+    (place,), _ = Plan([Draw(Sampling(seed=0), 1, None, 20)], [1], 6).rank(mx.array([[1.0, -math.inf, 3, 2, 0, 0]]), mx.array([2]))
+    assert place is not None
+    odds = place.read()
+    assert [token for token, _ in odds.best] == [2, 3, 0, 4, 5, 1]
+    assert abs(sum(math.exp(logprob) for _, logprob in odds.best) - 1) < 1e-6
+    assert odds.best[-1][1] == -9999.0
+
+
 # --- what of mlx-lm this leans on ----------------------------------------------------------------------------------------------
 
 
@@ -174,6 +273,11 @@ def test_mlx_lm_is_still_the_one_that_the_engine_was_written_for() -> None:
     assert "self.samplers = [self.samplers[idx] for idx in keep]" in filtering
     assert "self._next_logprobs = [self._next_logprobs[idx] for idx in keep]" in filtering
     assert "self.samplers.extend(batch.samplers)" in inspect.getsource(stock.extend)
+    assert "self._next_logprobs.extend(batch._next_logprobs)" in inspect.getsource(stock.extend)
+    assert parameters(sample_utils.make_logits_processors) == [
+        *["logit_bias", "repetition_penalty", "repetition_context_size", "presence_penalty", "presence_context_size"],
+        *["frequency_penalty", "frequency_context_size"],
+    ]
     assert set(stock.Response.__dataclass_fields__) == {"uid", "token", "logprobs", "finish_reason", "prompt_cache", "all_tokens"}
     prompt_response = generate.PromptProcessingBatch.Response
     assert set(prompt_response.__dataclass_fields__) == {"uid", "progress", "end_of_segment", "end_of_prompt"}
@@ -203,6 +307,12 @@ def test_the_tokenizer_wrapper_still_has_what_prompts_and_answers_need() -> None
         "eos_token_ids",
         "rfind_think_start",
         "rfind_think_end",
+        "think_start_tokens",
+        "think_end_tokens",
+        "has_tool_calling",
+        "tool_parser",
+        "tool_call_start_tokens",
+        "tool_call_end_tokens",
     ):
         assert hasattr(TokenizerWrapper, name)
     wrapper = load_tokenizer(BUILTIN)

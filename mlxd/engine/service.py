@@ -94,10 +94,12 @@ class Connection:
 
 
 class Job:
-    """One request, from its Submit to its last event. `prompt` to `row` are set once the prompt is tokenised."""
+    """One request, from its Submit to its last event. `prompt` to `row` are set once the prompt is tokenised and its grammar, if it is
+    `constrained`, compiled."""
 
     prompt: Prompt
     answer: Answer
+    constrained = False
     constraint: Constraint | None = None
     row: Row | None = None
     compiling: asyncio.Task[None] | None = None
@@ -272,7 +274,7 @@ class Service:
                 log.exception("job %d has no prompt", job.submit.job)
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
             else:
-                if isinstance(job, Job) and is_constrained(job.submit):
+                if isinstance(job, Job) and job.constrained:
                     job.compiling = asyncio.create_task(self.constrain(job))
                 else:
                     self.admit(job)
@@ -299,9 +301,9 @@ class Service:
                 self.grammar_thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             except Refused as refused:
                 self.fail(job, refused.status, refused.message)
-            except Exception as error:  # llguidance's own: it concerns this request alone
+            except Exception as error:  # of a shape that nobody thought of: it concerns this request alone
                 log.exception("job %d has no grammar", job.submit.job)
-                self.fail(job, 500, f"the grammar cannot be made: {type(error).__name__}: {error}")
+                self.fail(job, 500, f"the grammar of this request cannot be made: {type(error).__name__}: {error}")
             else:
                 self.admit(job)
             self.flush()
@@ -319,6 +321,7 @@ class Service:
         for token in job.submit.sampling.logit_bias:
             if not 0 <= token < self.vocabulary_size:  # MLX would write beyond the logits
                 raise Refused(400, f"logit_bias names token {token}, and this model's are 0 to {self.vocabulary_size - 1}")
+        job.constrained = is_constrained(job.submit)
         job.prompt = self.prompter.prepare(job.submit)
         submit, prompt = job.submit, job.prompt
         job.answer = Answer(self.tokenizer, submit.stop, thinking=prompt.thinking, continued=prompt.continued, tools=submit.tools)
