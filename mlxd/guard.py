@@ -28,7 +28,7 @@ APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")
 #: `*` does not cover Authorization in browsers, so names are listed.
 PREFLIGHT_HEADERS = ", ".join(
     ["authorization", "content-type", "accept", "user-agent", "x-requested-with", "openai-beta", "x-api-key"]
-    + ["anthropic-version", "anthropic-beta", "x-priority", "x-request-id"]
+    + ["anthropic-version", "anthropic-beta", "anthropic-dangerous-direct-browser-access", "x-priority", "x-request-id"]
     + ["x-stainless-" + name for name in ("arch", "async", "custom-poll-interval", "helper-method", "lang", "os")]
     + ["x-stainless-" + name for name in ("package-version", "poll-helper", "retry-count", "runtime", "runtime-version", "timeout")]
 ).encode()
