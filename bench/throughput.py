@@ -44,13 +44,13 @@ CONCURRENCY = 32
 
 @dataclass
 class Target:
-    """One of the three: `run(prompts, tokens)` gives what client.py and bare.py give; `pids` by name."""
+    """One of the three: `run(prompts, tokens, constrained)` gives what client.py and bare.py give; `pids` by name."""
 
-    run: Callable[[list[str], int], dict[str, Any]]
+    run: Callable[[list[str], int, int], dict[str, Any]]
     pids: dict[str, int]
 
-    def cpu_s(self) -> float:
-        return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids.values())
+    def cpu_s(self) -> dict[str, float]:
+        return {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in self.pids.items()}
 
 
 class Helper:
@@ -114,11 +114,14 @@ def start_bare(stack: contextlib.ExitStack, model: Path) -> Target:
     bare = Helper(str(HERE / "bare.py"), str(model))
     stack.enter_context(ended(bare.process))
     bare.read()
-    return Target(lambda prompts, tokens: bare.ask({"prompts": prompts, "tokens": tokens}), {"bare": bare.process.pid})
+    return Target(lambda prompts, tokens, _: bare.ask({"prompts": prompts, "tokens": tokens}), {"bare": bare.process.pid})
 
 
 def served(client: Helper, port: int, model: str, pids: dict[str, int]) -> Target:
-    return Target(lambda prompts, tokens: client.ask({"port": port, "model": model, "prompts": prompts, "tokens": tokens}), pids)
+    def run(prompts: list[str], tokens: int, constrained: int) -> dict[str, Any]:
+        return client.ask({"port": port, "model": model, "prompts": prompts, "tokens": tokens, "constrained": constrained})
+
+    return Target(run, pids)
 
 
 def start_mlx_lm(stack: contextlib.ExitStack, model: Path, client: Helper) -> Target:
@@ -160,9 +163,9 @@ def measure(
             names = list(targets)
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                cpu_s = targets[name].cpu_s()
-                result = targets[name].run(prompts, tokens if number else 32)
-                result["cpu_s"] = targets[name].cpu_s() - cpu_s
+                before = targets[name].cpu_s()
+                result = targets[name].run(prompts, tokens if number else 32, 0)
+                result["cpu_s"] = {process: after - before[process] for process, after in targets[name].cpu_s().items()}
                 expected = n * (tokens if number else 32)
                 if result["tokens"] != expected:
                     raise SystemExit(f"{name} gave {result['tokens']} tokens where {expected} were asked for")
@@ -187,7 +190,7 @@ def report(results: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
             rates = [one["tokens"] / one["seconds"] for one in rounds]
             ttft_ms = [1000 * ttft for one in rounds for ttft in one["ttft_s"]]
             spread = f"({min(rates):.0f}-{max(rates):.0f})"
-            cpu_ms = statistics.median(1000 * one["cpu_s"] / one["tokens"] for one in rounds)
+            cpu_ms = statistics.median(1000 * sum(one["cpu_s"].values()) / one["tokens"] for one in rounds)
             ratios = [
                 f"{ratio(rounds, by_name[other]):.2f}" if other in by_name and other != name else ""
                 for other in ("bare", "mlx_lm.server")
@@ -196,6 +199,36 @@ def report(results: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
                 f"{n:7}  {name:13}  {statistics.median(rates):8.0f} {spread:>13}  {ratios[0]:>6}  {ratios[1]:>8}"
                 f"  {percentile(ttft_ms, 50):6.0f} ms  {percentile(ttft_ms, 99):6.0f} ms  {cpu_ms:12.2f}"
             )
+
+
+def report_server(results: dict[int, dict[str, list[dict[str, Any]]]]) -> None:
+    """What mlxd's server, which makes HTTP of tokens, takes for each."""
+    for n, by_name in results.items():
+        spent_us = [1e6 * one["cpu_s"]["server"] / one["tokens"] for one in by_name.get("mlxd", [])]
+        if spent_us:
+            print(
+                f"{n:7}  mlxd's server: {statistics.median(spent_us):.0f} us of CPU per token ({min(spent_us):.0f}-{max(spent_us):.0f})"
+            )
+
+
+def report_constrained(mlxd: Target, n: int, tokens: int, words: int, rounds: int) -> None:
+    """The speed that free streams keep when a quarter of the streams beside them must follow a JSON schema: pairs of runs with the same
+    prompts, one after the other, the order changing."""
+    texts = iter(made_up_text(seed=2, lines=n * (rounds + 1)))
+    constrained, kept, own = max(1, n // 4), [], []
+    for number in range(rounds + 1):
+        prompts = [" ".join(next(texts).split()[:words]) for _ in range(n)]
+        seconds: dict[int, list[float]] = {}
+        for some in (0, constrained) if number % 2 else (constrained, 0):
+            seconds[some] = mlxd.run(prompts, tokens if number else 32, some)["stream_s"]
+        if number:  # the first round warms up
+            free, beside = statistics.mean(seconds[0][constrained:]), statistics.mean(seconds[constrained][constrained:])
+            kept.append(free / beside)
+            own.append(statistics.mean(seconds[0][:constrained]) / statistics.mean(seconds[constrained][:constrained]))
+    print(
+        f"{n:7}  mlxd, {constrained} of them constrained by a JSON schema: the free ones keep {statistics.median(kept):.2f}"
+        f" ({min(kept):.2f}-{max(kept):.2f}) of their speed, the constrained ones have {statistics.median(own):.2f}"
+    )
 
 
 def main() -> None:
@@ -230,7 +263,11 @@ def main() -> None:
             f" {platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
         )
         before = {name: memory_line(target.pids) for name, target in targets.items()}
-        report(measure(targets, streams, args.tokens, args.words, args.rounds))
+        results = measure(targets, streams, args.tokens, args.words, args.rounds)
+        report(results)
+        report_server(results)
+        if "mlxd" in targets:
+            report_constrained(targets["mlxd"], max(streams), args.tokens, args.words, args.rounds)
         for name, target in targets.items():
             print(f"resident before  {before[name]}\nresident after   {memory_line(target.pids)}")
 
