@@ -119,6 +119,12 @@ def directory_of(home: Path, model: str) -> Path:
     return Path(mlxd.__file__).parent / "builtin" if model == BUILTIN else home / "models" / model.removesuffix(":latest")
 
 
+def whole(directory: Path) -> bool:
+    """Whether there is more than `make_model` makes."""
+    tokenizer = directory / "tokenizer.json"
+    return tokenizer.exists() and "model" in json.loads(tokenizer.read_bytes())
+
+
 class RealEngine(Engine):
     """`python -m mlxd.engine` on the built-in model, or on one that is more than a fake."""
 
@@ -288,8 +294,7 @@ class Supervised:
             if self.ending:
                 return
             known = self.engine(model)
-            whole = (directory_of(self.home, model) / "tokenizer_config.json").exists()
-            kind = RealEngine if whole else Engine
+            kind = RealEngine if whole(directory_of(self.home, model)) else Engine
             engine = known or kind(len(self.engines) + 1, model, self.home)
             if known is None:
                 self.engines.append(engine)
