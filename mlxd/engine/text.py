@@ -114,7 +114,7 @@ class Prompter:
 
         if not submit.truncate:
             return submit.context_ids + (render(0) or [])
-        return truncated(render, bytes_left(messages), context)
+        return submit.context_ids + truncated(render, bytes_left(messages), context - len(submit.context_ids))
 
     def around(self, before: str, after: str, context: int) -> list[int]:
         """The prompt of a model that is to write what stands between two texts. Raises Refused when it never learned to."""
