@@ -51,6 +51,7 @@ def test_a_short_soak_answers_everything_as_it_should_be() -> None:
     assert "      80      0 " in table
 
 
+@pytest.mark.full
 def test_restarts_under_load_are_noticed_by_nobody() -> None:
     told = python(ROOT / "bench" / "handover.py", "--clients", "4", "--server", "3", "--supervisor", "2")
     assert "refused 0  reset 0  lost 0  wrong 0" in told

@@ -225,6 +225,7 @@ def model_context() -> int:
     return length
 
 
+@pytest.mark.full
 def test_ten_steps_of_training_lower_the_loss(tools: Any, tmp_path: Path) -> None:
     losses = tools.run(tools.parse(["--steps", "10", "--small", "--out", str(tmp_path)]))
     assert len(losses) == 10

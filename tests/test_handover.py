@@ -101,6 +101,7 @@ def test_the_supervisor_is_replaced_in_place_and_everything_else_goes_on(daemon:
     assert not d.paths.pid_file.exists() and not d.ours()
 
 
+@pytest.mark.full
 def test_ten_replacements_leak_no_descriptor_and_no_thread(daemon: Make) -> None:
     d = daemon(server="--want a:latest")
     d.start()
@@ -685,10 +686,10 @@ def test_a_link_whose_other_side_is_gone_has_no_parts() -> None:
     [
         ("[server]\nmax_queue = 7\n", True, False),
         ("[engine]\nprefill_tokens = 256\n", False, True),
-        ("[server]\nmax_concurrent = 5\n", True, True),
         ("[health]\nmax_time_s = 9\n", False, False),
-        ("[health]\nsilent_s = 250\n", True, False),
-        ("[health]\ncanary_s = 250\n", False, True),
+        pytest.param("[server]\nmax_concurrent = 5\n", True, True, marks=pytest.mark.full),
+        pytest.param("[health]\nsilent_s = 250\n", True, False, marks=pytest.mark.full),
+        pytest.param("[health]\ncanary_s = 250\n", False, True, marks=pytest.mark.full),
     ],
 )
 def test_a_change_replaces_what_reads_it_and_a_stream_goes_on(real: Make, text: str, server: bool, engine: bool) -> None:

@@ -171,8 +171,22 @@ class Nemesis:
 
     def excuses(self, answer: Answer) -> bool:
         if "the engine died 3 times in a row" in answer.why:
-            return self.deaths_since((answer.moved or [answer.asked])[-1]) >= 3
+            return self.is_condemned(answer) or any(map(self.is_condemned, self.alike_before(answer)))
         return any(answer.asked <= until and answer.ended >= since for since, until in self.excused)
+
+    def is_condemned(self, answer: Answer) -> bool:
+        """Whether it was given up because three engines died under it: their signals came from here, and look like its fault."""
+        return self.deaths_since((answer.moved or [answer.asked])[-1]) >= 3
+
+    def alike_before(self, answer: Answer) -> list[Answer]:
+        """Those who asked the same and were refused: for ten minutes nobody's request for it is let in."""
+        return [
+            other
+            for other in self.clients.done
+            if "the engine died 3 times in a row" in (other.why or "")
+            and other.question.text == answer.question.text
+            and other.ended <= answer.asked
+        ]
 
     def deaths_since(self, moment: float) -> int:
         """Ends of engines with a model that look as if a request had caused them, since just before a moment of the monotonic clock."""
