@@ -210,6 +210,14 @@ def test_tokens_of_an_earlier_context_stand_before_the_prompt(wire: Wire) -> Non
     assert second.text
 
 
+def test_what_does_not_fit_the_context_can_still_be_counted(wire: Wire) -> None:
+    messages = [{"role": "user", "content": "What is mlxd? " * 1100}]
+    assert wire.ask(messages=messages, max_tokens=1).failed is not None
+    counted = wire.ask(messages=messages, max_tokens=0)
+    assert counted.done is not None and counted.done.prompt_tokens == len(counted.prompt_ids) > wire.loaded.context_length
+    assert not counted.ids
+
+
 def test_a_call_is_no_event_of_another_job(wire: Wire) -> None:
     jobs = [wire.submit(messages=ASKED, tools=TOOLS), wire.submit(messages=[{"role": "user", "content": "Who are you?"}])]
     wire.finish(jobs)

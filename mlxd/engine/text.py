@@ -60,7 +60,7 @@ class Prompter:
         self.check_tokens(ids)
         self.check_tokens(submit.emitted)
         room = context - len(ids)
-        if room < 1:
+        if room < 1 and submit.max_tokens != 0:  # who only counts may count what does not fit
             raise too_long(f"{len(ids)} tokens", context)
         most = room if submit.max_tokens is None else min(room, submit.max_tokens)
         continued = submit.continued if submit.prompt_ids is not None else not submit.messages or is_begun(submit.messages)
