@@ -113,14 +113,6 @@ def has_items(path: str, raw: msgspec.Raw) -> bool:
     return bool(text[1:-1].strip())
 
 
-_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]] | None)
-
-
-def has_objects(path: str, raw: msgspec.Raw) -> bool:
-    """Whether it is a list of objects, and not empty. Raises Malformed."""
-    return bool(Budget().decode(path, _objects, raw))
-
-
 def shallow(path: str, value: object) -> None:
     """Free JSON that goes on to another process: no deeper than it can surely read. Raises Malformed."""
     level = [value]
