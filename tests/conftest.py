@@ -191,6 +191,15 @@ def http(port: int, request: bytes, timeout_s: float = PATIENCE_S, host: str = "
     return int(lines[0].split()[1]), headers, body
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a process of their module's run in one worker: else each of four would start its own."""
+    for item in items:
+        shared = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if any(fixture[-1].scope == "module" for fixture in shared):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture
 def home() -> Iterator[Path]:
     """A short path: a unix socket's name has room for 104 bytes on macOS."""

@@ -17,8 +17,6 @@ from server_client import Background, Engine, Supervised, supervised, until
 from mlxd.messages import Done, Event, Submit, Token
 from mlxd.models import BUILTIN
 
-pytestmark = pytest.mark.xdist_group("anthropic")
-
 QUESTION = "What happens when Metal aborts?"
 MIXED = "Write hello in many languages."
 GREEDY = {"temperature": 0}

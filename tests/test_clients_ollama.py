@@ -25,8 +25,6 @@ from mlxd.messages import Call, Done, Event, Submit, Token
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the internet for prices when it is imported
 
-# One worker runs all: importing litellm takes seconds, and so does an engine.
-pytestmark = pytest.mark.xdist_group("clients-ollama")
 
 MODEL = "mlxd-tiny"
 QUESTION = "Which port does mlxd use?"

@@ -21,9 +21,6 @@ from mlxd import openapi
 from mlxd.api import ollama
 from mlxd.server import ROUTES
 
-# One worker runs all: a server for each would take longer than the tests.
-pytestmark = pytest.mark.xdist_group("compatibility")
-
 PAGE = (Path(__file__).parent.parent / "docs" / "compatibility.md").read_text()
 ENDPOINTS = {(method, path.replace(":path}", "}")): endpoint for method, path, endpoint in ROUTES}
 #: Fields that a struct holds undecoded, and what they are decoded to later.

@@ -39,9 +39,6 @@ from mlxd.modelfiles import Broken
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from make_tiny_bert import CONTEXT_TOKENS, SHAPE, make, make_tokenizer
 
-#: All of it shares one server and its engines.
-pytestmark = pytest.mark.xdist_group("embeddings")
-
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
 TEXTS = ["the supervisor", "one engine owns one model, and every request is the server's", "x", "Ünïcode 42!"]
 

@@ -38,7 +38,7 @@ TOKENS = 12
 MORE_TOKENS = 24
 
 # One worker runs all, for the model and the daemon are made once.
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900), pytest.mark.xdist_group("real-model")]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 ALONE = """
 import json, sys

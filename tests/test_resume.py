@@ -17,8 +17,6 @@ from server_client import Background, Supervised, supervised, until
 
 from mlxd.messages import Accepted, Done, Event, Progress, Submit, Token
 
-pytestmark = pytest.mark.xdist_group("resume")
-
 PATHS = ["/api/chat", "/v1/chat/completions"]
 LONGEST = max(KNOWN, key=lambda question: len(KNOWN[question]))
 #: More tokens than a step prefills.
