@@ -8,6 +8,8 @@ import math
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -849,6 +851,34 @@ def test_a_term_ends_it(tmp_path: Path) -> None:
 
 
 SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+PAUSED = """
+import asyncio, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mlxd.engine.service import within
+
+def prepare():
+    for _ in range(5):
+        time.sleep(0.1)
+
+async def main():
+    work = asyncio.get_running_loop().run_in_executor(ThreadPoolExecutor(), prepare)
+    print("begun", flush=True)
+    await within(1.0, work)
+
+asyncio.run(main())
+"""
+
+
+def test_a_deadline_does_not_pass_while_the_engine_is_stopped() -> None:
+    with subprocess.Popen([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)  # the deadline and half
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(DEADLINE_S) == 0
 
 
 def test_a_template_that_never_ends_fails_its_request_and_the_engine(tmp_path: Path) -> None:

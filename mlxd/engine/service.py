@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, takewhile
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -43,6 +44,8 @@ from mlxd.messages import (
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: A connection whose reader is this far behind is dropped: it would take the memory that the model needs.
 MAX_UNREAD_BYTES = 64 * 1024 * 1024
 #: 1 MB takes a second to tokenise, and truncation may do it four times; what is too long to be tokenised is only rendered.
@@ -54,6 +57,8 @@ SLICE_BYTES = 64 * 1024
 FRAME_MARGIN_BYTES = 1024 * 1024
 #: No single text may take longer: an engine that has work and shows nothing for 120 s is taken for stalled.
 MOST_TEXT_S = 100.0
+#: Of a deadline for work in a thread: a time in which the whole process stood still, as a laptop does that is closed, counts as one step.
+STEP_S = 0.1
 
 
 class Connection:
@@ -262,7 +267,7 @@ class Service:
                 continue
             try:
                 work = loop.run_in_executor(self.text_thread, self.prepare, job)
-                await asyncio.wait_for(asyncio.shield(work), self.limit_s(job))
+                await within(self.limit_s(job), work)
             except TimeoutError:
                 message = f"the chat template and tokeniser took over {self.limit_s(job):.1f} s for this request"
                 self.fail(job, 400, message)
@@ -289,7 +294,7 @@ class Service:
             loop = asyncio.get_running_loop()
             work = loop.run_in_executor(self.grammar_thread, self.grammars.compile, job.submit, job.prompt)
             try:
-                job.constraint = await asyncio.wait_for(asyncio.shield(work), self.text_s)
+                job.constraint = await within(self.text_s, work)
             except TimeoutError:
                 message = f"the JSON schema or regular expression is too complex: compiling it took over {self.text_s:.1f} s"
                 self.fail(job, 400, message)
@@ -438,3 +443,12 @@ class Service:
             if connection.events:
                 connection.send(Step(connection.events))
                 connection.events = []
+
+
+async def within(limit_s: float, work: asyncio.Future[T]) -> T:
+    """The result of `work`, which is left alone when it is not there after `limit_s` of running time: TimeoutError."""
+    for _ in range(math.ceil(limit_s / STEP_S)):
+        done, _ = await asyncio.wait([work], timeout=STEP_S)
+        if done:
+            return work.result()
+    raise TimeoutError
