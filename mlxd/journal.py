@@ -131,7 +131,6 @@ class Entry:
         self.reached = 0
         self.attempts = 0
         self.deaths = 0
-        self.progressed = False
 
     def submit(self, job: int, digest: str) -> Submit | Embed:
         """The job that brings this request on from where it is, on an engine of the model with this digest. Raises Refused when that is
@@ -143,7 +142,6 @@ class Entry:
             self.digest, self.prompt_ids, self.cached, self.reached = digest, request.prompt_ids, None, 0
         self.attempts += 1
         self.journal.resumed += self.attempts > 1
-        self.progressed = False
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
         if request.inputs is not None:
@@ -195,12 +193,11 @@ class Entry:
         same place would be tried for ever."""
         if position > self.reached:
             self.reached = position
-            self.progressed = True
+            self.deaths = 0
 
     def outlive(self, cause: str) -> None:
         """Its engine died. Raises Refused when that was once too often."""
-        self.deaths = 1 if self.progressed else self.deaths + 1
-        self.progressed = False
+        self.deaths += 1
         if self.deaths >= MOST_DEATHS:
             raise self.journal.condemned(self.request, cause)
 
@@ -211,7 +208,7 @@ class Entry:
 
     @property
     def suspect(self) -> bool:
-        return self.deaths >= SUSPECT_DEATHS and not self.progressed
+        return self.deaths >= SUSPECT_DEATHS
 
     def answered(self, done: Done) -> Answered:
         return Answered(

@@ -326,7 +326,7 @@ class Pool:
                         if isinstance(event, Failed):
                             raise Refused(event.status, event.message, code=event.code, hopeless=event.status < 500)
                         entry.note(event)
-                        if on_trial and entry.progressed:
+                        if on_trial and not entry.suspect:
                             on_trial = False
                             self.acquit(engine, entry)
                         yield event

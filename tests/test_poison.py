@@ -17,7 +17,7 @@ from server_client import FAKE, Background, Supervised, make_model, supervised, 
 
 from mlxd.errors import Refused
 from mlxd.journal import MOST_BYTES, MOST_POISONS, Journal, Request
-from mlxd.messages import Accepted, Event, Sampling, Submit, Want
+from mlxd.messages import Accepted, Event, Sampling, Submit, Token, Want
 from mlxd.models import BUILTIN, Catalogue
 from mlxd.pool import FAULTLESS
 
@@ -142,6 +142,21 @@ def test_a_resumed_request_is_the_tokens_it_became_and_whether_the_answer_goes_o
         second = entry.submit(2, "digest")
         assert (first.prompt_ids, first.messages) == (None, entry.request.messages)
         assert (second.prompt_ids, second.messages, second.continued) == ([1, 2], None, False)
+
+
+def test_progress_clears_a_request_also_under_an_engine_that_ends_by_nobodys_fault() -> None:
+    with Journal(600.0).keep(a_request("a"), 0, 1) as entry:
+        for number in range(4):
+            entry.submit(2 * number, "digest")
+            entry.outlive("aborted")
+            entry.submit(2 * number + 1, "digest")
+            entry.note(Token(2 * number + 1, ids=[1], text="a"))  # and then somebody kills the engine, which is not told here
+        for number in range(2):
+            entry.submit(10 + number, "digest")
+            entry.outlive("aborted")
+        assert entry.suspect
+        with pytest.raises(Refused, match="3 times in a row"):
+            entry.outlive("aborted")
 
 
 def test_the_table_of_poisons_is_bounded_and_the_oldest_goes_first() -> None:
