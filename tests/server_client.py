@@ -45,6 +45,15 @@ def until(what: str, look: Callable[[], Any], history: Callable[[], str] = lambd
         time.sleep(0.01)
 
 
+#: What the built-in model's template makes of a question.
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def said(question: str) -> Any:
+    """A chat of one question, as every dialect takes it."""
+    return [{"role": "user", "content": question}]
+
+
 TOOL_TEMPLATE = "{% if tools %}<tool_call>{{ tool_call.name }}{% endif %}"
 FILLING = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 

@@ -18,13 +18,12 @@ import pytest
 from known_answers import KNOWN, RANDOM, THINKING, TOOL
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama
-from server_client import PATIENCE_S, Background, supervised, until
+from server_client import PATIENCE_S, Background, said, supervised, until
 from test_resume import PHASES, Stage, tokens
 
 from mlxd.messages import Call, Done, Event, Submit, Token
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the internet for prices when it is imported
-
 
 MODEL = "mlxd-tiny"
 QUESTION = "Which port does mlxd use?"
@@ -46,10 +45,6 @@ def stage() -> Iterator[Stage]:
 @pytest.fixture(scope="module")
 def client(stage: Stage) -> ollama.Client:
     return ollama.Client(host=stage.server.url, trust_env=False, timeout=PATIENCE_S)
-
-
-def said(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
 
 
 def get_weather(city: str) -> str:

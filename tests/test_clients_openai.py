@@ -14,15 +14,13 @@ import pytest
 from known_answers import JSON_ANSWERS, KNOWN, LONG, RANDOM, THINKING, TOOL, UNICODE
 from openai import OpenAI
 from pydantic import BaseModel
-from server_client import PATIENCE_S, Background, supervised, until
+from server_client import CHATML, PATIENCE_S, Background, said, supervised, until
 from test_resume import Stage, in_decode
 
 QUESTION = "What is mlxd?"
 MODEL = "mlxd-tiny"
 ASK_PERSON = "Answer in JSON: a person."
 FLAT_TOOLS: Any = [{"type": "function"} | tool["function"] for tool in TOOL["tools"]]
-#: What the built-in model's template makes of a question.
-CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 class Person(BaseModel):
@@ -45,10 +43,6 @@ def client(stage: Stage) -> Iterator[OpenAI]:
 
 def made(stage: Stage, http: httpx.Client) -> OpenAI:
     return OpenAI(base_url=f"{stage.server.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S, http_client=http)
-
-
-def said(question: str) -> Any:
-    return [{"role": "user", "content": question}]
 
 
 # --- chat --------------------------------------------------------------------------------------------------------------------------

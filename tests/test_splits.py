@@ -13,10 +13,9 @@ from typing import Any
 import httpx
 import pytest
 from known_answers import UNICODE
-from server_client import supervised
+from server_client import CHATML, said, supervised
 
 MODEL = "mlxd-tiny"
-CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 #: Of a longer answer than any here.
 ENOUGH = 64
 
@@ -28,10 +27,6 @@ def client() -> Iterator[httpx.Client]:
 
 
 # --- what is asked: path, body -----------------------------------------------------------------------------------------------------------
-
-
-def said(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
 
 
 def asked(question: str, limit: int, temperature: float) -> dict[str, dict[str, Any]]:

@@ -12,13 +12,12 @@ from typing import Any
 import click
 
 from mlxd import control, paths
-from mlxd.cli.words import as_json, line_of, our_name
+from mlxd.cli.words import NOT_READY, as_json, line_of, our_name
 from mlxd.errors import MlxdError, NotRunning
 from mlxd.lock import is_locked
 
 #: What `mlxd start` ends with for a state.
 START_STATUS = {"ready": 0, "degraded": 0, "held": 75}
-NOT_READY = 4
 #: Of a process that is on its way up or down; a spare stays blank.
 MOVING = ("starting", "loading", "draining", "stopping", "backoff")
 #: A start in which nothing moves for this long is not going to be one.

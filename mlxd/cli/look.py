@@ -13,12 +13,11 @@ from typing import IO, Any
 import click
 
 from mlxd import control, paths
-from mlxd.cli.words import as_json, lines_of, printable
+from mlxd.cli.words import NOT_READY, as_json, lines_of, printable
 from mlxd.errors import NotRunning
 
-#: What `mlxd status` ends with for a state; any other: running, and not ready.
+#: What `mlxd status` ends with for a state; with NOT_READY for any other.
 STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
-NOT_READY = 4
 
 
 @click.command()

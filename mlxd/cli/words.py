@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+#: The exit status of what found mlxd running, and not ready.
+NOT_READY = 4
+
 #: Of every command that shows something.
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")
 
