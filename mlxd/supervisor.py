@@ -793,7 +793,7 @@ class Supervisor:
                 log.info("a health poll got no answer of ours (%s)", answer.value)
 
     def watch_files(self) -> monitor.Files:
-        # Its threads take no signals: a hand-over could not block them there, and a stack dump from there crashes on this running thread.
+        # Its threads take no signals: a hand-over could not block them there.
         with handover.blocked_signals():
             files = monitor.Files(
                 [self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files
@@ -849,8 +849,10 @@ class Supervisor:
     # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
 
     def watch_signals(self) -> None:
-        self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 faulthandler wants it open for ever
-        faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True, chain=False)
+        self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 open for ever: a dump is no time to open a file
+        # Not faulthandler.register, which dumps between any two machine instructions and has crashed on frames that were just being made:
+        # this waits for the interpreter, which only native code could keep from it, and a supervisor has none that is long.
+        signal.signal(signal.SIGUSR1, lambda number, frame: faulthandler.dump_traceback(self.dump))
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
         self.loop.add_signal_handler(signal.SIGHUP, self.try_reload)

@@ -536,6 +536,15 @@ def test_f35_a_storm_of_terms_is_one_stop(daemon: Make) -> None:
     assert d.log().count("stopping: SIGTERM") == 1
 
 
+def test_a_supervisor_tells_its_stacks_when_asked_and_goes_on(daemon: Make) -> None:
+    d = daemon(server="--want a:latest")
+    d.start()
+    pid = d.ready()["supervisor"]["pid"]
+    os.kill(pid, signal.SIGUSR1)
+    eventually(lambda: "supervisor.py" in d.log() and "most recent call first" in d.log(), "the stacks in the log", d.history)
+    assert d.ready()["supervisor"]["pid"] == pid
+
+
 def test_a_second_term_skips_the_drain(daemon: Make) -> None:
     d = daemon(server="--want a:latest --ignore-term", MLXD_SERVER_DRAIN_S="3600")
     d.start()
