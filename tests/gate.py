@@ -37,7 +37,12 @@ class Gate:
             while True:
                 server, _ = self.listener.accept()
                 engine = socket.socket(socket.AF_UNIX)
-                engine.connect(str(self.target))
+                try:
+                    engine.connect(str(self.target))
+                except OSError:  # a socket's path is there a moment before somebody listens; the server comes again
+                    server.close()
+                    engine.close()
+                    continue
                 for work in (self.to_engine, self.to_server):
                     threading.Thread(target=self.carry, args=(work, server, engine), daemon=True).start()
 
