@@ -7,8 +7,10 @@ Acts and remembers, decides nothing: what happens next is asked of `policy` by t
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +38,11 @@ LAST_WORDS_BYTES = 8 * 1024
 JUDGED_BYTES = 64 * 1024
 #: A kill counts as the machine's own when less than this part of memory was left.
 LOW_MEMORY = 0.05
+#: A child with more processes of its own than this, ended and never waited for or not, leaves no room to start anything (32,768 is a usual
+#: limit of a whole machine).
+MOST_PROCESSES = 1000
+#: With this part of its descriptors in use a child is about to accept, open and start nothing more.
+MOST_DESCRIPTORS = 0.9
 #: Over this footprint a KILL is followed by a look whether the memory came back.
 HEAVY_BYTES = 2 * 1024**3
 
@@ -93,6 +100,8 @@ class Child:
     progress_at: float = 0.0  # when a counter last moved, or there was nothing to do
     suspect: bool = False
     memory_bytes: int = 0
+    descriptors: int = 0
+    excess: str = ""  # what it had too much of when it was last looked at
     bye: Bye | None = None
     log_start: int = 0
     oom_kills: int = 0  # of the whole machine, when this process was last seen alive
@@ -213,7 +222,7 @@ class Child:
                 or self.counters.emitted >= self.at_ready.emitted + PRODUCTIVE_TOKENS
             ),
             pressure=cause.pressure,
-            outside=cause.outside,
+            outside=cause.outside or cause is causes.SPAWN,
             rest_s=cause.rest_s,
         )
         if number == signal.SIGKILL and self.memory_bytes > HEAVY_BYTES:
@@ -232,15 +241,16 @@ class Child:
             running=self.counters.running,
             text=(self.bye.text if self.bye is not None and self.bye.text else told(words, line))[-LAST_WORDS_BYTES:],
             stack=stack.decode(errors="replace") if stack else None,
+            descriptors=self.descriptors,
         )
         if self.link is not None:
             self.link.close()
         self.alive = False
         self.pid = self.link = self.bye = self.ready_at = None
-        self.counters, self.at_ready, self.memory_bytes = Counters(), Counters(), 0
+        self.counters, self.at_ready, self.memory_bytes, self.descriptors = Counters(), Counters(), 0, 0
         self.deaths = [t for t in self.deaths if t > now - 3600] + ([] if self.ordered else [now])
         self.ordered = self.suspect = False
-        self.suspicion = ""
+        self.suspicion = self.excess = ""
         self.died_of = cause.name
         if death.counts and death.wanted:
             self.counted.append(now)
@@ -252,9 +262,20 @@ class Child:
         if self.pid is None or not (seen := footprint(self.pid)):
             return False
         self.memory_bytes = seen
+        self.descriptors = descriptors(self.pid)
         if seen > HEAVY_BYTES:
             self.available_bytes = psutil.virtual_memory().available
         return True
+
+    def exceeds(self, descriptors: float, crowded: bool) -> str:
+        """What it has had too much of at two looks in a row, as a cause; "" when nothing. `descriptors`: how many are too many. `crowded`: the
+        machine has so many processes that they are worth counting, which costs a look at each."""
+        before, self.excess = self.excess, ""
+        if self.descriptors >= descriptors:
+            self.excess = causes.DESCRIPTORS.name
+        elif crowded and self.pid is not None and processes_of(self.pid) > MOST_PROCESSES:
+            self.excess = causes.PROCESSES.name
+        return self.excess if self.excess == before else ""
 
     def memory_is_back(self) -> bool:
         """Whether 80 % of what a killed heavy process held is available again: one report has 414 of 424 GiB wired until reboot
@@ -264,6 +285,13 @@ class Child:
         if psutil.virtual_memory().available >= self.available_bytes + 0.8 * self.lost_bytes:
             self.lost_bytes = 0
         return not self.lost_bytes
+
+
+def why_unfit(program: str, error: OSError) -> str:
+    """Why this program cannot be started. Of a script without its interpreter the system says that the script is not there."""
+    if error.errno == errno.ENOENT and shutil.which(program):
+        return "the interpreter that its first line names is missing"
+    return error.strerror or str(error)
 
 
 def command(kind: Kind, config: Config) -> list[str]:
@@ -292,6 +320,36 @@ def footprint(pid: int) -> int:
     try:
         # /proc/PID/statm: size resident shared ..., in pages. psutil costs 10 times as much, each second, for ever.
         return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def descriptors(pid: int) -> int:
+    """Open files of a process; 0: cannot be told."""
+    try:
+        if sys.platform == "darwin":
+            return psutil.Process(pid).num_fds()
+        # Linux 6.2 tells the number as the directory's size; before, it is 0.
+        directory = Path(f"/proc/{pid}/fd")
+        return directory.stat().st_size or len(list(directory.iterdir()))
+    except (OSError, psutil.Error):
+        return 0
+
+
+def processes_of(pid: int) -> int:
+    """Processes that this one started and has not waited for."""
+    try:
+        return len(psutil.Process(pid).children())
+    except psutil.Error:
+        return 0
+
+
+def processes() -> int:
+    """Processes of the whole machine, on Linux threads as well: cheap to know, and never fewer than any child has."""
+    if sys.platform == "darwin":
+        return len(psutil.pids())
+    try:
+        return int(Path("/proc/loadavg").read_bytes().split()[3].partition(b"/")[2])
     except (OSError, IndexError, ValueError):
         return 0
 

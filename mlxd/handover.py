@@ -57,6 +57,8 @@ SAME = (
     "started",
     "moved_at",
     "runs",
+    "flapped_at",
+    "terminal",
 )
 
 
@@ -98,6 +100,8 @@ class Handover(msgspec.Struct, kw_only=True):
     started: float = 0.0
     moved_at: float = 0.0
     runs: int = 1
+    flapped_at: float = float("-inf")
+    terminal: bool = False
 
     @property
     def places(self) -> list[Place]:

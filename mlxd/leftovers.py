@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -39,12 +40,6 @@ class Memory(msgspec.Struct):
 
     boot: str
     children: list[Leftover]
-
-
-def remember(where: paths.Paths, boot: str, children: list[Leftover]) -> None:
-    """For the next supervisor, in case this one is killed."""
-    with contextlib.suppress(OSError):  # a full disk: the lease still tells
-        paths.write_atomically(where.state, msgspec.json.encode(Memory(boot, children)))
 
 
 def recall(where: paths.Paths, boot: str) -> list[Leftover]:
@@ -79,17 +74,21 @@ def sweep(found: list[Leftover], term_s: float, kill_s: float) -> None:
 def is_ours(left: Leftover) -> bool:
     """Whether the process with this number is the very one: the same start, and our nonce in its environment. A number alone proves
     nothing: it is reused."""
-    if start_identity(left.pid) != left.identity:
-        return False
+    return start_identity(left.pid) == left.identity and origin(left.pid).get("nonce") == left.nonce
+
+
+def origin(pid: int) -> dict[str, Any]:
+    """The settings that a child of mlxd was started with, and with it whatever it has started; {} of any other process."""
     try:
-        settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
-        return bool(json.loads(settings)["nonce"] == left.nonce)
-    except (psutil.Error, ValueError, KeyError, TypeError):
-        return False
+        settings = json.loads(psutil.Process(pid).environ().get("MLXD_CHILD", ""))
+    except (psutil.Error, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def take_lease(where: paths.Paths, patience_s: float) -> int:
-    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`. Blocks."""
+    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`, or when
+    the file is none. Blocks."""
     try:
         return lock.flocked(where.lease, patience_s)
     except BlockingIOError:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -134,8 +134,14 @@ def become_child(settings: ChildSettings) -> None:
 def thread_died(args: threading.ExceptHookArgs) -> None:
     """A thread that raised leaves a process that looks alive and is not: end it, loudly."""
     threading.__excepthook__(args)
-    sys.stderr.flush()
-    os._exit(EX_SOFTWARE)
+    leave(EX_SOFTWARE)
+
+
+def leave(status: int) -> NoReturn:
+    """End at once, whatever other threads are at. A full disk keeps the last lines of the log, and must not keep us."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def raise_nofile(wanted: int) -> None:
@@ -184,5 +190,4 @@ async def serve(link: Link, handle: Callable[[SupervisorWord], Awaitable[None]],
         await handle(word)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(drained(), LAST_S)
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)

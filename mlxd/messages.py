@@ -76,6 +76,7 @@ class ExitRecord(Struct, kw_only=True):
     text: str
     stack: str | None = None
     remedy: str = ""
+    descriptors: int = 0
 
 
 # --- the link: child -> supervisor --------------------------------------------------------------------------------------

@@ -150,22 +150,28 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A naive write, killed at random, left 49 of 150 files torn; this one none of 150.
     """
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(fd, "wb") as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+            Path(file.name).replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(file.name).unlink()
+            raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def clear_unfinished(paths: Paths) -> None:
+    """Remove what writers that were killed left half written. Nobody else may be writing."""
+    for file in (paths.pid_file, paths.state, paths.loading, paths.aliases, paths.exits):
+        for left in file.parent.glob(f".{file.name}-*"):
+            left.unlink(missing_ok=True)
 
 
 def open_log(path: Path | str) -> int:
@@ -179,7 +185,8 @@ def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:  # missing, a link (ELOOP), a directory's or a socket's own refusals: nothing to read
         return None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        return None
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
         return file.read(limit)

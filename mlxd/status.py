@@ -50,6 +50,8 @@ def problems(s: Supervisor) -> Iterator[str]:
         yield from s.server.problems
         if s.server.state in (State.BACKOFF, State.COOLDOWN, State.HELD, State.UNKILLABLE):  # an older one still serves
             yield f"the new server cannot start, the old one goes on: {without_server(s, s.server)[1]}"
+    if (missed := s.polls.count(False)) >= s.config.health.misses:
+        yield f"{missed} of the last {len(s.polls)} polls of {s.port.url(s.config.server)}/health had no answer of this mlxd ({s.answer.value})"
     for model, why in s.refusals.items():
         yield f"{model} cannot be loaded: {why}"
     for engine in s.engines:
@@ -129,7 +131,11 @@ def report(s: Supervisor) -> dict[str, Any]:
 
 
 def notes(s: Supervisor) -> Iterator[str]:
-    """Advice, which is no problem."""
+    """What is worth knowing and no problem of those who ask."""
+    if s.papers.problem:
+        yield s.papers.problem
+    for stray in s.left_behind():
+        yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
         if others:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import resource
 import secrets
 import signal
 import socket
@@ -24,9 +25,25 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
-from mlxd import __version__, causes, child, config, desk, handover, leftovers, link, messages, monitor, paths, policy, status
+from mlxd import (
+    __version__,
+    causes,
+    child,
+    config,
+    desk,
+    handover,
+    leftovers,
+    link,
+    messages,
+    monitor,
+    paths,
+    policy,
+    status,
+    strays,
+)
 from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
@@ -34,6 +51,7 @@ from mlxd.errors import ConfigError, MlxdError
 from mlxd.exits import Exits
 from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
+from mlxd.papers import Papers
 from mlxd.policy import Action, Event, Health, State
 from mlxd.ports import Port
 from mlxd.standin import StandIn
@@ -54,6 +72,10 @@ DUMP_S = 1.0
 SETTLE_S = 0.6
 #: How often, in ticks, the lock and the PID file are looked at.
 LOOK_TICKS = 30
+#: How often, in ticks, children are looked at for descriptors and processes without end.
+EXCESS_TICKS = 5
+#: What a child left behind is looked for so long after something has ended, once for all that ends meanwhile: a look costs some milliseconds.
+STRAYS_S = 0.1
 
 #: A program that is not there, or cannot be one: trying again would not help.
 UNFIT_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
@@ -88,7 +110,8 @@ class Supervisor:
         self.lock = lock
         self.nonce = secrets.token_hex(16)
         self.boot = leftovers.boot_id()
-        self.boots = Boots(where.loading, self.boot)
+        self.papers = Papers()
+        self.boots = Boots(where.loading, self.boot, self.papers)
         self.server: Child | None = None
         self.retired: list[Child] = []  # servers that drain while a newer one accepts
         self.engines: list[Child] = []
@@ -101,7 +124,7 @@ class Supervisor:
         self.bug: BaseException | None = None
         self.poll: asyncio.Task[None] | None = None
         self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
-        self.exits = Exits(where.exits)
+        self.exits = Exits(where.exits, self.papers)
         self.lease: int | None = None
         self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
         self.first_token = False  # a preloaded model has given one in this run
@@ -109,6 +132,11 @@ class Supervisor:
         self.lease_problem = ""
         self.config_problem = ""
         self.polls: list[bool] = []
+        self.answer = monitor.Answer.OURS  # to the last poll
+        self.flapped_at = float("-inf")  # when a server was last replaced because it answered now and then
+        self.terminal = False  # whether we shall end with one
+        self.strays_due: asyncio.TimerHandle | None = None
+        self.processes = child.processes()  # of the machine; the fewest that were seen
         self.ticks = 0
 
     # --- life, read downward -----------------------------------------------------------------------------------------------------
@@ -119,11 +147,11 @@ class Supervisor:
         self.done = asyncio.Event()
         self.started = self.moved_at = self.since = self.loop.time()
         self.watch_signals()
-        become_subreaper()
+        strays.become_subreaper()
         if self.handed is None:
             self.sweep()
-            self.lock.show()
             self.control = desk.Desk(desk.listen(self.paths.control), self.verbs())
+            self.lock.show()
             self.begin()
         else:
             await handover.adopt(self, self.handed)
@@ -133,6 +161,7 @@ class Supervisor:
         await self.done.wait()
         if self.bug is not None:
             raise self.bug  # end loudly: the links close, every child follows, and launchd or systemd starts us again
+        await self.end_strays()
         self.end()
         return 0
 
@@ -344,7 +373,7 @@ class Supervisor:
         try:
             end = one.spawn(argv, settings, inherited, self.loop.time())
         except OSError as error:
-            problem = f"cannot start {error.filename or one.name}: {error.strerror}"
+            problem = f"cannot start {error.filename or one.name}: {child.why_unfit(argv[0], error)}"
             if error.filename == argv[0] and error.errno in UNFIT_PROGRAM:
                 one.hold, one.hold_cause = problem, "fault"
             with contextlib.suppress(ConfigError):  # a directory of ours may have been removed; without it, too, we try again
@@ -369,6 +398,8 @@ class Supervisor:
 
     def reap(self) -> None:
         """SIGCHLD: every process that has ended, ours or (as subreaper) left to us by one of ours."""
+        if self.strays_due is None:
+            self.strays_due = self.loop.call_later(STRAYS_S, self.kill_strays)
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -381,12 +412,32 @@ class Supervisor:
                     waiting.set_result(status)
                 continue
             one = next((c for c in self.children() if c.pid == pid and c.alive), None)
-            if one is None:
-                log.info("reaped pid %d, a grandchild", pid)
+            if one is None:  # a grandchild
                 continue
             one.kill()  # what it forked is still in its group
             one.alive = False
             self.keep(self.bury(one, status))
+
+    def left_behind(self) -> list[strays.Stray]:
+        """Processes that our children left to us."""
+        return strays.find(self.nonce, {*self.awaited, *(one.pid for one in self.children() if one.pid is not None)})
+
+    def kill_strays(self) -> int:
+        """What a child left behind ends with it; the number of those that have not ended yet."""
+        self.strays_due = None
+        living = {one.name for one in self.children() if one.alive}
+        found = [stray for stray in self.left_behind() if stray.origin not in living]
+        for stray in found:
+            log.warning("pid %d (%s), left behind by %s, is killed", stray.pid, stray.name, stray.origin)
+            stray.kill()
+        return len(found)
+
+    async def end_strays(self) -> None:
+        """All of them, and what they leave in turn; one that does not die is left alone."""
+        for _ in range(1 + round(self.config.supervisor.kill_s / STRAYS_S)):
+            if not self.kill_strays():
+                return
+            await asyncio.sleep(STRAYS_S)
 
     async def bury(self, one: Child, status: int) -> None:
         """Hear the last words of a process that has ended, then say so."""
@@ -401,6 +452,7 @@ class Supervisor:
         self.set_deadline(one, None)
         if one.refusal is not None or one in self.retired:
             one.wanted = False
+        again = bool(error) and one.died_of == causes.SPAWN.name  # each second, perhaps for hours: one record tells it all
         death, record = one.buried(status, now, self.paths, error)
         self.ease(one, record)
         limits = self.config.supervisor
@@ -413,7 +465,8 @@ class Supervisor:
             one.hold_cause = "memory"
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
         one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
-        self.record(record)
+        if not again:
+            self.record(record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
             if event is Event.GONE:
@@ -719,8 +772,11 @@ class Supervisor:
         self.let_go()
         self.mind_the_spare()
         self.mend_control()
+        if self.ticks % EXCESS_TICKS == 0:
+            self.look_at_excess()
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
+            self.papers.retry()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
 
@@ -728,7 +784,7 @@ class Supervisor:
         """A cleaner of temporary files was here: without its name nobody finds the control socket."""
         if not self.paths.control.exists() and not self.handing_over:
             log.warning("the control socket was removed; it is put back")
-            with contextlib.suppress(OSError, ConfigError):  # the next look tries again
+            with contextlib.suppress(ConfigError):  # the next look tries again
                 paths.prepare(self.paths)
                 self.control.move(desk.listen(self.paths.control))
 
@@ -752,6 +808,22 @@ class Supervisor:
         health = self.config.health
         if now - one.progress_at > (health.stalled_prefill_s if one.counters.prefilling else health.stalled_s):
             self.accuse(one, "stalled")
+
+    def look_at_excess(self) -> None:
+        """Descriptors and processes that are never given back end with a child, or a machine, on which nothing can be started any more."""
+        now = child.processes()
+        self.processes = min(self.processes, now)
+        crowded = now - self.processes > child.MOST_PROCESSES
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        descriptors = float("inf") if limit == resource.RLIM_INFINITY else limit * child.MOST_DESCRIPTORS
+        for one in self.children():
+            if one.alive and one.state in RUNNING and not one.suspicion and (what := one.exceeds(descriptors, crowded)):
+                log.warning("%s %s", one.title, causes.CAUSES[what].what)
+                one.suspicion = what
+                if one is self.server and one.state is State.READY:
+                    self.restart_server()  # its streams may end
+                else:
+                    self.handle(one, Event.SICK)
 
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
@@ -781,10 +853,13 @@ class Supervisor:
         answer = await monitor.poll(*where, self.nonce, health.max_time_s)
         if server.pid != pid or server.state is not State.READY:
             return  # about an earlier process
-        self.polls = [*self.polls[-4:], answer is monitor.Answer.OURS]
-        beat_age_s = self.loop.time() - server.beat_at
-        match policy.health(self.polls, health.misses, beat_age_s, server.counters.loop_lag_s, health.lag_s):
+        now = self.loop.time()
+        self.polls, self.answer = [*self.polls[-4:], answer is monitor.Answer.OURS], answer
+        beat_age_s, lag_s, rested_s = now - server.beat_at, server.counters.loop_lag_s, now - self.flapped_at
+        match policy.health(self.polls, health.misses, beat_age_s, lag_s, health.lag_s, rested_s):
             case Health.SICK:
+                if not policy.is_silent(self.polls, health.misses):
+                    self.flapped_at = now
                 log.warning("the server does not answer /health (%s)", answer.value)
                 server.suspicion = "unresponsive"
                 server.dump_stack()
@@ -824,13 +899,14 @@ class Supervisor:
     def remember(self) -> None:
         """Let the next supervisor find what we leave behind if we are killed."""
         left = [found for one in self.children() if (found := one.leftover(self.nonce)) is not None]
-        leftovers.remember(self.paths, self.boot, left)
+        self.papers.write(self.paths.state, msgspec.json.encode(leftovers.Memory(self.boot, left)))
 
     def sweep(self) -> None:
         """End what an earlier run left behind, if it is provably ours; what is not is waited for, since it may hold a model's memory."""
         limits = self.config.supervisor
         leftovers.sweep(leftovers.recall(self.paths, self.boot), limits.term_s, limits.kill_s)
         self.take_lease(link.LAST_S + 1.0)
+        paths.clear_unfinished(self.paths)
 
     @property
     def obstacle(self) -> str:
@@ -853,8 +929,16 @@ class Supervisor:
         faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True, chain=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
-        self.loop.add_signal_handler(signal.SIGHUP, self.try_reload)
+        self.terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: outlive it
+        self.loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         self.loop.add_signal_handler(signal.SIGCHLD, self.reap)
+
+    def hang_up(self) -> None:
+        """HUP: a terminal that closes takes what runs in its foreground with it; to a daemon it says to read its configuration again."""
+        if not self.terminal or has_terminal():
+            self.try_reload()
+        elif not self.stopping:  # the shell and the system may both say so
+            self.stop("its terminal was closed")
 
     def try_reload(self) -> None:
         """Nobody waits for the answer: a refusal is told in `status` and in the log."""
@@ -981,13 +1065,13 @@ def last_line(text: str) -> str:
     return text.rstrip().rpartition("\n")[2] or "it said nothing"
 
 
-def become_subreaper() -> None:
-    """Daemonised grandchildren come back to us instead of to init (Linux only; macOS has no such thing)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+def has_terminal() -> bool:
+    """Whether this session has a controlling terminal, and it is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def begin_log(path: Path) -> None:
@@ -1020,16 +1104,16 @@ def main(arguments: list[str]) -> int:
             settings, lock = load(where, flags), Lock(where)
         else:
             settings, lock = handed.settings, Lock(where, handed.lock_fd)
+        begin_log(where.log("supervisor"))
+        link.raise_nofile(8192)
+        log.info("mlxd %s, pid %d, in %s%s", __version__, os.getpid(), where.home, ", goes on" if handed is not None else "")
+        return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
     except AlreadyRunning as running:
         print(running, file=sys.stderr)
         return running.exit_status
     except MlxdError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_status
-    begin_log(where.log("supervisor"))
-    link.raise_nofile(8192)
-    log.info("mlxd %s, pid %d, in %s%s", __version__, os.getpid(), where.home, ", goes on" if handed is not None else "")
-    return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
 
 
 if __name__ == "__main__":

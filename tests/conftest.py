@@ -69,10 +69,14 @@ class Daemon:
 
     # --- doing ------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> subprocess.Popen[bytes]:
-        """`mlxd run`, in the foreground of a background process."""
+    def run(self, *through: str) -> subprocess.Popen[bytes]:
+        """`mlxd run`, in the foreground of a background process; `through`: a command that takes it as its last arguments."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlxd", "run"], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/"
+            [*through, sys.executable, "-m", "mlxd", "run"],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
         )
         self.processes.append(process)
         return process
