@@ -129,12 +129,17 @@ def report(s: Supervisor) -> dict[str, Any]:
 
 
 def notes(s: Supervisor) -> Iterator[str]:
-    """Advice, which is no problem."""
+    """What is no problem to those who are served."""
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
         if others:
             told = ", ".join(f"{one.name} is of mlxd {one.version}" for one in others)
             yield f"{told}, the supervisor of {__version__}: run `{what}`"
+    for one in s.children():
+        if one.log_problem:
+            yield f"{one.name} has no log: {s.paths.log(one.name)}: {one.log_problem}"
+    if s.events.dropped:
+        yield f"{s.events.dropped} events could not be written: {s.events.problem}"
 
 
 def shown(state: State) -> str:
