@@ -101,6 +101,7 @@ class Child:
     log_start: int = 0
     log_id: tuple[int, int] = (0, 0)  # the file that it writes to
     log_problem: str = ""  # why what it writes is lost
+    log_lost: bool = False  # that was told
     cuts: list[tuple[float, int]] = field(default_factory=list)  # when its log was cut lately, and by how many bytes
     flooding: bool = False
     oom_kills: int = 0  # of the whole machine, when this process was last seen alive

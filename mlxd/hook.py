@@ -55,7 +55,7 @@ class Hook:
             self.waiting.append(event)
         else:
             self.dropped += 1
-        self.go_on()
+        self.begin()
 
     def pause(self) -> None:
         """The one that runs goes on; the others wait."""
@@ -63,7 +63,10 @@ class Hook:
 
     def go_on(self) -> None:
         self.paused = False
-        if self.waiting and not self.busy:
+        self.begin()
+
+    def begin(self) -> None:
+        if self.waiting and not self.paused and not self.busy:
             self.task = self.keep(self.run())
 
     async def run(self) -> None:
@@ -75,8 +78,11 @@ class Hook:
 
     async def once(self, event: Event) -> None:
         settings = self.settings()
+        argv = shlex.split(settings.on_event)
+        if not argv:  # there was one when this event came
+            return
         try:
-            pid = spawn(shlex.split(settings.on_event), event)
+            pid = spawn(argv, event)
         except (OSError, ValueError) as error:  # no such program; a NUL in its name
             log.warning("events.on_event cannot be started: %s", error)
             return
@@ -96,8 +102,6 @@ class Hook:
 
 def spawn(argv: list[str], event: Event) -> int:
     """The pid. Raises OSError, or ValueError for what can be no command."""
-    if not argv:
-        raise ValueError("the command is empty")
     told = {
         "MLXD_EVENT": event.event,
         "MLXD_EVENT_CHILD": event.child,

@@ -823,15 +823,16 @@ class Supervisor:
             self.accuse(one, "stalled")
 
     def look_at_log(self, one: Child) -> bool:
-        """See that its log is there and not too long; a flood is told once, until it has ended. True: it was cut."""
-        limits, path, known = self.config.supervisor, self.paths.log(one.name), one.log_problem
+        """See that its log is there and not too long; what is wrong is told once, until it is over. True: it was cut."""
+        limits, path = self.config.supervisor, self.paths.log(one.name)
         one.mend_log(path)
         if one.log_problem:
             with contextlib.suppress(ConfigError):  # the directory may have been removed
                 paths.own_directory(self.paths.logs)
                 one.mend_log(path)
-        if one.log_problem and one.log_problem != known:
+        if one.log_problem and not one.log_lost:
             self.say("log_lost", f"{one.title} has no log ({path}: {one.log_problem}); its lines are lost until it has", one)
+        one.log_lost = bool(one.log_problem)
         cut = one.shorten_log(path, limits, self.loop.time())
         one.flooding &= bool(one.cuts)
         if cut and not one.flooding:

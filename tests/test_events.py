@@ -90,9 +90,11 @@ def test_a_child_that_is_held_is_told_and_that_it_is_not_any_more(daemon: Make, 
     d = daemon(server="--want a:latest", engine=f"--say no-such-setting --exit-loading 78 --first 1 {home}/count")
     d.start()
     assert "no-such-setting" in until_told(d, "held")["text"]
-    d.paths.config.write_text("[health]\nmax_time_s = 9\n")
-    assert "health.max_time_s" in until_told(d, "reloaded")["text"]
+    d.paths.config.write_text("[health]\nmax_time_s = 9\n[log]\nformat = 'json'\n")
+    assert "changed: health.max_time_s, log.format" in until_told(d, "reloaded")["text"]
     until_told(d, "readied", child="engine-1")
+    told_now = json.loads(d.log().splitlines()[-1])
+    assert told_now["level"] == "info" and told_now["ts"] > told(d)[0]["ts"]
     d.paths.config.write_text("[health]\nmax_time_s = never\n")
     until_told(d, "reload_refused")
 
