@@ -6,8 +6,8 @@ which models there are.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +19,8 @@ from msgspec import Struct
 from mlxd.errors import Refused
 from mlxd.lock import flocked
 from mlxd.paths import write_atomically
+
+log = logging.getLogger(__name__)
 
 #: Together at most 32 MiB, which are read in 0.3 s.
 MOST = 256
@@ -110,7 +112,7 @@ class Aliases:
             try:
                 self.last = (stamp, self.read())
             except (OSError, ValueError) as error:
-                print(f"no alias is known: {unreadable(error)}", file=sys.stderr, flush=True)
+                log.warning("no alias is known: %s", unreadable(error))
                 self.last = (stamp, {})
         return self.last[1]
 

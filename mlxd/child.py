@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,12 @@ import psutil
 
 from mlxd import causes
 from mlxd.config import Config
+from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
-from mlxd.messages import Bye, Counters, ExitRecord, Tuning
-from mlxd.paths import Paths, open_log, read_small
+from mlxd.logs import timestamp
+from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning
+from mlxd.paths import Paths, open_log_anyway, opened, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
 #: Last words of a child that an exit record keeps (Ollama keeps as much), and those that are looked at: faulthandler's stacks of all threads
@@ -45,6 +46,9 @@ MOST_PROCESSES = 1000
 MOST_DESCRIPTORS = 0.9
 #: Over this footprint a KILL is followed by a look whether the memory came back.
 HEAVY_BYTES = 2 * 1024**3
+
+#: It floods its log when, in so many seconds, more was cut than its limit so many times over: 20 MB/s at the limit of 50 MiB.
+FLOOD_S, FLOOD_LIMITS = 10.0, 4
 
 #: What a child may know of our environment: no tokens, no keys.
 ENVIRONMENT = frozenset(
@@ -104,6 +108,11 @@ class Child:
     excess: str = ""  # what it had too much of when it was last looked at
     bye: Bye | None = None
     log_start: int = 0
+    log_id: tuple[int, int] = (0, 0)  # the file that it writes to
+    log_problem: str = ""  # why what it writes is lost
+    log_lost: bool = False  # that was told
+    cuts: list[tuple[float, int]] = field(default_factory=list)  # when its log was cut lately, and by how many bytes
+    flooding: bool = False
     oom_kills: int = 0  # of the whole machine, when this process was last seen alive
     dump: str = ""  # where its stacks go
 
@@ -125,8 +134,7 @@ class Child:
         """
         Path(settings.stack).unlink(missing_ok=True)
         self.dump = settings.stack
-        log = open_log(settings.log)
-        self.log_start = os.fstat(log).st_size
+        log = self.open_log(settings.log)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         settings.link_fd = theirs.fileno()
@@ -155,6 +163,35 @@ class Child:
         self.oom_kills = oom_kills()
         self.identity = start_identity(self.pid) or 0.0
         return ours
+
+    def open_log(self, path: str | Path) -> int:
+        """A descriptor that its process is to write to."""
+        fd, self.log_problem = open_log_anyway(path)
+        there = os.fstat(fd)
+        self.log_id, self.log_start = (there.st_dev, there.st_ino), there.st_size
+        return fd
+
+    def mend_log(self, path: Path) -> None:
+        """A log that was removed or replaced is made anew, and the process told to write there."""
+        if self.link is None:
+            return
+        with contextlib.suppress(OSError):
+            there = path.lstat()
+            if (there.st_dev, there.st_ino) == self.log_id:
+                return
+        os.close(self.open_log(path))
+        if not self.log_problem:
+            self.link.send(Reopen())
+
+    def shorten_log(self, path: Path, limits: Limits, now: float) -> bool:
+        """Keep its log under the limit. True: it was cut."""
+        cut_bytes = shorten_log(path, limits.log_bytes, limits.log_keep_bytes)
+        self.log_start = max(0, self.log_start - cut_bytes)
+        self.cuts = [(at, n) for at, n in self.cuts if at > now - FLOOD_S] + ([(now, cut_bytes)] if cut_bytes else [])
+        return cut_bytes > 0
+
+    def floods(self, limits: Limits) -> bool:
+        return sum(n for _, n in self.cuts) > FLOOD_LIMITS * limits.log_bytes
 
     def observe(self, counters: Counters, now: float) -> None:
         """A beat: the loop turns, and this is how far it is. A stack that was asked for meanwhile is of no interest any more."""
@@ -388,31 +425,24 @@ def told(words: str, line: str) -> str:
 
 def last_words(log: Path, start: int, most_bytes: int) -> str:
     """The end of what a process wrote to its log since `start`, at most `most_bytes`."""
-    try:
-        with open(log, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(min(start, size), size - most_bytes))
-            return file.read(most_bytes).decode(errors="replace").strip()
-    except OSError:
-        return ""
+    with opened(log) as file:
+        if file is None:
+            return ""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(min(start, size), size - most_bytes))
+        return file.read(most_bytes).decode(errors="replace").strip()
 
 
-def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> bool:
-    """Keep the last `keep_bytes` of a log over `most_bytes`; True if it was. The writer's O_APPEND goes on at the new end; what it
+def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> int:
+    """Keep the last `keep_bytes` of a log over `most_bytes`; returns how many went. The writer's O_APPEND goes on at the new end; what it
     writes between the read and the truncate is lost, and that is accepted."""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
-            file.seek(size - keep_bytes)
-            kept = file.read(keep_bytes)
+            file.seek(-min(keep_bytes, most_bytes // 2), os.SEEK_END)
+            kept = file.read(most_bytes // 2)
             file.seek(0)
             file.truncate(0)
             file.write(kept)
-            return True
-    return False
-
-
-def timestamp() -> str:
-    """Now, for paper: RFC 3339 in UTC, microseconds."""
-    now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
+            return size - len(kept)
+    return 0

@@ -10,11 +10,12 @@ import functools
 import ipaddress
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -122,6 +123,17 @@ class Security(Section, frozen=True):
     strict_host: bool = False
 
 
+class Log(Section, frozen=True):
+    format: Literal["text", "json"] = "text"
+
+
+class Events(Section, frozen=True):
+    """`on_event`: a command in a shell's words, without a shell; "": none. `limit_s`: how long it may take."""
+
+    on_event: str = ""
+    limit_s: Seconds = 10.0
+
+
 class Config(Section, frozen=True):
     server: Server = Server()
     models: Models = Models()
@@ -130,16 +142,18 @@ class Config(Section, frozen=True):
     health: Health = Health()
     rate_limit: RateLimit = RateLimit()
     security: Security = Security()
+    log: Log = Log()
+    events: Events = Events()
 
 
 def of_server(config: Config) -> object:
     """What a server reads of it: equal for two configurations between which it need not be replaced."""
-    return config.server, config.models, config.rate_limit, config.security, config.health.silent_s
+    return config.server, config.models, config.rate_limit, config.security, config.log, config.health.silent_s
 
 
 def of_engine(config: Config) -> object:
     """What an engine reads of it."""
-    return config.engine, config.server.max_concurrent, config.health.canary_s
+    return config.engine, config.log, config.server.max_concurrent, config.health.canary_s
 
 
 #: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.
@@ -215,6 +229,7 @@ def load(
         put(section, key, value, f"--{key.replace('_', '-')}")
     settings = build(tree, sources)
     check_host(settings.server.host, sources.get("server.host", ""))
+    check_command(settings.events.on_event, sources.get("events.on_event", ""))
     return Loaded(settings, sources)
 
 
@@ -291,6 +306,14 @@ def check_host(host: str, place: str) -> None:
         raise ConfigError(f"{place} must be an IP address such as 127.0.0.1, not {host!r}") from None
 
 
+def check_command(command: str, place: str) -> None:
+    """Raises ConfigError unless a shell could tell its words apart."""
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{place} is no command: {str(error).lower()} in {command!r}") from None
+
+
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
     try:
         return msgspec.convert(tree, Config)
@@ -300,4 +323,6 @@ def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
         place = sources.get(dotted.group(), dotted.group()) if dotted else where.rstrip("`")
         if "matching regex" in sentence:
             sentence = 'expected a duration such as "5m", "1h30m" or "-1"'
+        if "enum value" in sentence:
+            sentence = f'{sentence}; it is "text" or "json"'
         raise ConfigError(f"{place}: {sentence[0].lower()}{sentence[1:]}") from error

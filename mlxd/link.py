@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from mlxd import messages
+from mlxd import logs, messages
 from mlxd.config import Config
 from mlxd.messages import ChildWord, SupervisorWord
 from mlxd.paths import open_log
@@ -116,8 +116,9 @@ def child_settings() -> ChildSettings:
 
 
 def become_child(settings: ChildSettings) -> None:
-    """First thing in a child: modes, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
+    """First thing in a child: modes, log lines, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
     os.umask(0o077)
+    logs.begin(settings.config.log.format)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a supervisor that was about to hand over had some blocked
     stack = os.open(settings.stack, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     # Dumps even while native code holds the interpreter lock, where no Python handler would run.
@@ -154,8 +155,11 @@ def raise_nofile(wanted: int) -> None:
 
 
 def reopen_log(path: str) -> None:
-    """stdout and stderr go to `path` from now on."""
-    fd = open_log(path)
+    """stdout and stderr go to `path` from now on; where they cannot, they stay where they are."""
+    try:
+        fd = open_log(path)
+    except OSError:  # the supervisor says so
+        return
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)

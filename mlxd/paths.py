@@ -6,14 +6,16 @@ Owns directories and modes (0700, files 0600). Knows no setting but MLXD_HOME.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mlxd.errors import ConfigError
 
@@ -60,6 +62,10 @@ class Paths:
     @property
     def exits(self) -> Path:
         return self.home / "exits.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.home / "events.jsonl"
 
     @property
     def config(self) -> Path:
@@ -175,18 +181,61 @@ def clear_unfinished(paths: Paths) -> None:
 
 
 def open_log(path: Path | str) -> int:
-    """A descriptor that writes at the end of a log, made if need be; no link is followed. Raises OSError."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A descriptor that writes at the end of a log, a regular file, made if need be; no link is followed. Raises OSError."""
+    # A pipe would block whoever opens or writes it, were it not for O_NONBLOCK.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return fd
+
+
+def open_log_anyway(path: Path | str) -> tuple[int, str]:
+    """The same, and ""; where there can be no log, a descriptor that leads nowhere, and why: what writes it serves all the same."""
+    try:
+        return open_log(path), ""
+    except OSError as error:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), error.strerror or str(error)
+
+
+def append(path: Path, line: bytes) -> None:
+    """A line at the end of a log, all of it or nothing. Raises OSError."""
+    fd = open_log(path)
+    try:
+        size = os.fstat(fd).st_size
+        if os.write(fd, line) < len(line):  # the disk is full
+            os.ftruncate(fd, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+    finally:
+        os.close(fd)
 
 
 def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
     """The first `limit` bytes of a regular file of ours, not following a link; None when there is no such file."""
+    with opened(path) as file:
+        return file.read(limit) if file is not None else None
+
+
+def read_end(path: Path, limit: int) -> bytes:
+    """The last `limit` bytes of a regular file of ours; b"" when there is no such file."""
+    with opened(path) as file:
+        if file is None:
+            return b""
+        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        return file.read(limit)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes] | None]:
+    """A regular file, to be read, not following a link; None when there is no such file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # missing, a link (ELOOP), a directory's or a socket's own refusals: nothing to read
-        return None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    except OSError:  # missing, a link (ELOOP), a socket: nothing to read
+        yield None
+        return
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # of a directory no file object can be made
         os.close(fd)
-        return None
+        yield None
+        return
     with os.fdopen(fd, "rb") as file:
-        return file.read(limit)
+        yield file

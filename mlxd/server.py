@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import resource
@@ -22,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, openapi
+from mlxd import guard, health, logs, openapi
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -44,6 +45,8 @@ from mlxd.messages import (
     SupervisorWord,
 )
 
+log = logging.getLogger("mlxd.server")  # __name__ is __main__ in the supervisor's child
+
 #: More connections than this are answered in JSON; more than connections.MOST_OPEN are not heard, so that uvicorn's own limit,
 #: which is plain text for health, too, is never met.
 MOST_CONNECTIONS = 960
@@ -51,6 +54,8 @@ MOST_CONNECTIONS = 960
 MAX_HEAD_BYTES = 64 * 1024
 #: A drain keeps idle connections this long: whoever uses them meanwhile is told to come again by `Connection: close`.
 IDLE_S = 2.0
+#: Of a path in the log.
+MOST_PATH = 200
 #: What interrupted streams get to carry their error to the client.
 FAREWELL_S = 1.0
 
@@ -125,6 +130,7 @@ class App:
             await self.router(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, self.service.uploads)
+        logs.request_id.set(exchange.request_id)
         self.service.exchanges.add(exchange)
         try:
             await self.handle(exchange)
@@ -132,11 +138,13 @@ class App:
             if not exchange.left:
                 raise
         except Exception as error:
+            exchange.failed = exchange.started
             if exchange.started:
                 raise
             await refuse(exchange, refusal(error))
         finally:
             self.service.exchanges.discard(exchange)
+            note(exchange)
 
     async def handle(self, exchange: Exchange) -> None:
         """Raises Refused."""
@@ -174,6 +182,31 @@ async def refuse(exchange: Exchange, refused: Refused) -> None:
     if refused.hopeless:
         exchange.headers.append((b"x-should-retry", b"false"))
     await exchange.reply(refused.status, error_body(exchange, refused))
+
+
+def note(exchange: Exchange) -> None:
+    """A request's line in the log, at its end. Nothing of what was asked but the path and a known model: no query, no header, no body. Who
+    looks at our health every few seconds is not noted."""
+    method, path = exchange.scope["method"][:20], exchange.scope["raw_path"].decode("latin-1")
+    if exchange.status == 200 and path.startswith("/health"):
+        return
+    path = path if len(path) <= MOST_PATH else path[:MOST_PATH] + "..."
+    fields = {
+        "method": method,
+        "path": path,
+        "status": exchange.status or None,
+        "ms": exchange.age_ns() // 1_000_000,
+        "model": exchange.model,
+        "prompt_tokens": exchange.prompt_tokens,
+        "completion_tokens": exchange.completion_tokens,
+        "end": "left" if exchange.left else "failed" if exchange.failed else "done",
+    }
+    parts = [f"{method} {path}", f"{exchange.status or '-'}", f"{fields['ms']} ms"]
+    if exchange.model is not None:
+        parts += [exchange.model, f"tokens {exchange.prompt_tokens}+{exchange.completion_tokens}"]
+    if fields["end"] != "done":
+        parts.append(fields["end"])
+    log.info("%s", "  ".join(parts), extra={"fields": fields})
 
 
 def error_body(exchange: Exchange, refused: Refused) -> bytes:

@@ -141,6 +141,11 @@ def notes(s: Supervisor) -> Iterator[str]:
         if others:
             told = ", ".join(f"{one.name} is of mlxd {one.version}" for one in others)
             yield f"{told}, the supervisor of {__version__}: run `{what}`"
+    for one in s.children():
+        if one.log_problem:
+            yield f"{one.name} has no log: {s.paths.log(one.name)}: {one.log_problem}"
+    if s.events.dropped:
+        yield f"{s.events.dropped} events could not be written: {s.events.problem}"
 
 
 def shown(state: State) -> str:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
+import functools
 import json
 import logging
 import os
@@ -34,9 +35,12 @@ from mlxd import (
     child,
     config,
     desk,
+    events,
     handover,
+    hook,
     leftovers,
     link,
+    logs,
     messages,
     monitor,
     paths,
@@ -70,6 +74,8 @@ MOST_DRAINING = 8
 DUMP_S = 1.0
 #: Resumed requests prefill for so long after an engine is ready (8 of 200 tokens: 0.4-0.55 s): no spare takes a core from them.
 SETTLE_S = 0.6
+#: A log that was cut is looked at again so soon: 100 MB/s do not bring it to twice the limit of 50 MiB.
+LOG_AGAIN_S = 0.5
 #: How often, in ticks, the lock and the PID file are looked at.
 LOOK_TICKS = 30
 #: How often, in ticks, children are looked at for descriptors and processes without end.
@@ -125,6 +131,9 @@ class Supervisor:
         self.poll: asyncio.Task[None] | None = None
         self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
         self.exits = Exits(where.exits, self.papers)
+        self.events = events.Events(where.events)
+        self.hook = hook.Hook(lambda: self.config.events, self.outcome, self.keep)
+        self.told = ""  # of the overall state: the last event
         self.lease: int | None = None
         self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
         self.first_token = False  # a preloaded model has given one in this run
@@ -148,13 +157,16 @@ class Supervisor:
         self.started = self.moved_at = self.since = self.loop.time()
         self.watch_signals()
         strays.become_subreaper()
+        here = f"pid {os.getpid()}, in {self.paths.home}"
         if self.handed is None:
+            self.say("started", f"mlxd {__version__} has started, {here}")
             self.sweep()
             self.control = desk.Desk(desk.listen(self.paths.control), self.verbs())
             self.lock.show()
             self.begin()
         else:
             await handover.adopt(self, self.handed)
+            self.say("supervisor_replaced", f"mlxd {__version__} goes on, {here}")
         self.control.open()
         self.files = self.watch_files()
         self.keep(self.tick_forever())
@@ -162,6 +174,8 @@ class Supervisor:
         if self.bug is not None:
             raise self.bug  # end loudly: the links close, every child follows, and launchd or systemd starts us again
         await self.end_strays()
+        self.say("stopped", "mlxd has stopped")
+        await self.hook.finish()
         self.end()
         return 0
 
@@ -182,7 +196,7 @@ class Supervisor:
         """Drain and stop; the second time skips the drain, the third kills."""
         self.stopping += 1
         if self.stopping == 1:
-            log.info("stopping: %s", why)
+            self.say("stopping", f"mlxd is stopping: {why}")
             self.port.leave()
             self.boots.pass_trials()  # a machine that goes down now does so because it was told to
             for one in list(self.servers()):
@@ -227,7 +241,19 @@ class Supervisor:
         if not any(one.pid is not None for one in self.children()):
             self.paths.state.unlink(missing_ok=True)
         self.lock.withdraw()
-        log.info("stopped")
+
+    def say(self, event: str, text: str, one: Child | None = None, end: ExitRecord | None = None) -> None:
+        """An event of docs/events.md: one line in the log, one in events.jsonl, one for the event command. `one`: None for mlxd itself."""
+        told = self.events.add(
+            event,
+            text,
+            child=one.name if one else None,
+            model=one.model if one else None,
+            pid=(end.pid or None) if end else one.pid if one else os.getpid(),
+            cause=end.cause if end else None,
+        )
+        log.info("%s", told.text, extra={"fields": told.fields})
+        self.hook.tell(told)
 
     # --- children ----------------------------------------------------------------------------------------------------------------
 
@@ -247,8 +273,8 @@ class Supervisor:
         if one.state is not before or action is Action.SPAWN:
             self.moved_at = self.loop.time()
             self.set_deadline(one, self.patience(one))
-            text = f", {one.hold}" if one.state in (State.HELD, State.UNKILLABLE) else ""
-            log.info("%s: %s -> %s (%s)%s", one.title, before.value, one.state.value, event.value, text)
+            log.info("%s: %s -> %s (%s)", one.title, before.value, one.state.value, event.value)
+            self.tell_of(one, event)
         self.perform(one, action)
         if one.state is State.STOPPED:
             self.forget(one)
@@ -257,6 +283,19 @@ class Supervisor:
             self.check_done()
         self.mind_the_port()
         self.mind_the_spare()
+
+    def tell_of(self, one: Child, event: Event) -> None:
+        """What a new state of a child is to others."""
+        if event is Event.MENDED:
+            self.say("mended", f"{one.title} is not held any more", one)
+        match one.state:
+            case State.READY:
+                self.say("readied", f"{one.title} is ready, pid {one.pid}", one)
+            case State.COOLDOWN:
+                wait_s = self.config.supervisor.cooldown_s
+                self.say("cooled_down", f"{one.title} died {len(one.counted)} times; one try every {wait_s:g} s from now on", one)
+            case State.HELD | State.UNKILLABLE:
+                self.say("held", f"{one.title} is held: {one.hold}", one)
 
     def perform(self, one: Child, action: Action) -> None:
         match action:
@@ -390,6 +429,18 @@ class Supervisor:
         task.add_done_callback(self.finished)
         return task
 
+    async def outcome(self, pid: int, limit_s: float) -> int | None:
+        """The exit status, negative for a signal, of a process that leads a group and is no child; None when it took too long. What is left of
+        its group is killed."""
+        self.awaited[pid] = ended = self.loop.create_future()
+        try:
+            await asyncio.wait([ended], timeout=limit_s)
+        finally:
+            del self.awaited[pid]
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(ended.result()) if ended.done() else None
+
     def finished(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
@@ -466,7 +517,7 @@ class Supervisor:
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
         one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
         if not again:
-            self.record(record)
+            self.record(one, record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
             if event is Event.GONE:
@@ -531,10 +582,13 @@ class Supervisor:
                 wait_s = MEMORY_WAIT_S if engine.hold_cause == "memory" else self.config.supervisor.cooldown_s
             self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "retried", wait_s))
 
-    def record(self, record: ExitRecord) -> None:
+    def record(self, one: Child, record: ExitRecord) -> None:
         how = f"signal {record.signal}" if record.signal is not None else f"status {record.code}"
-        ended = f"{record.child} pid {record.pid} ended: {record.cause} ({how}) after {record.up_s:.1f} s"
-        log.info("%s: it %s", ended, record.remedy)
+        event = "ended" if record.cause == causes.STOPPED.name else "died"
+        text = f"{one.title} {event}, pid {record.pid}: {record.cause} ({how}) after {record.up_s:.1f} s: it {record.remedy}"
+        if one.refusal is not None:
+            text += f": {one.refusal}"
+        self.say(event, text, one, record)
         self.exits.add(record)
         self.tell_servers(messages.Exited(record))
 
@@ -744,7 +798,7 @@ class Supervisor:
 
     def wake_up(self) -> None:
         """The machine slept, or we were stopped: everything looks late now. Look again before judging."""
-        log.info("time has passed unseen; every deadline begins anew")
+        self.say("slept", "mlxd has not run for a while, or the machine slept; every deadline begins anew")
         now = self.loop.time()
         for one in self.children():
             one.beat_at = one.progress_at = now
@@ -766,9 +820,10 @@ class Supervisor:
                 one.tuning = messages.Tuning()
                 if one.model is not None:
                     self.boots.pass_trial(one.model)
-            if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
-                log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
+            if self.look_at_log(one):
+                self.loop.call_later(LOG_AGAIN_S, self.look_at_log, one)
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
+        self.look_at_state()
         self.let_go()
         self.mind_the_spare()
         self.mend_control()
@@ -824,6 +879,35 @@ class Supervisor:
                     self.restart_server()  # its streams may end
                 else:
                     self.handle(one, Event.SICK)
+
+    def look_at_log(self, one: Child) -> bool:
+        """See that its log is there and not too long; what is wrong is told once, until it is over. True: it was cut."""
+        limits, path = self.config.supervisor, self.paths.log(one.name)
+        one.mend_log(path)
+        if one.log_problem:
+            with contextlib.suppress(ConfigError):  # the directory may have been removed
+                paths.own_directory(self.paths.logs)
+                one.mend_log(path)
+        if one.log_problem and not one.log_lost:
+            self.say("log_lost", f"{one.title} has no log ({path}: {one.log_problem}); its lines are lost until it has", one)
+        one.log_lost = bool(one.log_problem)
+        cut = one.shorten_log(path, limits, self.loop.time())
+        one.flooding &= bool(one.cuts)
+        if cut and not one.flooding:
+            log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
+            if one.floods(limits):
+                one.flooding = True
+                self.say("log_flooded", f"{one.title} floods its log; the end of it is kept, under {limits.log_bytes} bytes", one)
+        return cut
+
+    def look_at_state(self) -> None:
+        """Tell when mlxd as a whole is ready, degraded or neither. Looked at once a second: what ends sooner is not told."""
+        state, reason = status.overall(self)
+        event = state if state in ("ready", "degraded") else "unavailable"
+        if event == self.told or self.stopping or (state == "starting" and not self.told):
+            return
+        self.told = event
+        self.say(event, f"mlxd is {event}: {reason}" if reason else f"mlxd is {event}")
 
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
@@ -925,7 +1009,7 @@ class Supervisor:
     # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
 
     def watch_signals(self) -> None:
-        self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 faulthandler wants it open for ever
+        self.dump, _ = paths.open_log_anyway(self.paths.log("supervisor"))  # faulthandler wants it open for ever
         faulthandler.register(signal.SIGUSR1, file=self.dump, all_threads=True, chain=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
@@ -1027,12 +1111,14 @@ class Supervisor:
                 self.port.move(new.server, old.server.host)
         except MlxdError as error:
             self.config_problem = str(error)
-            log.error("the new configuration is refused, the old one stays: %s", error)
+            self.say("reload_refused", f"mlxd: the new configuration is refused, the old one stays: {error}")
             raise
         self.config, self.config_problem = new, ""
         changed = differences(old, new)
         if changed:
-            log.info("the configuration changed: %s", ", ".join(changed))
+            if new.log != old.log:
+                begin_log(self.paths.log("supervisor"), new.log.format)
+            self.say("reloaded", f"mlxd: the configuration changed: {', '.join(changed)}")
         if not changed and not restart:
             return []
         for engine in list(self.engines):
@@ -1074,13 +1160,9 @@ def has_terminal() -> bool:
     return True
 
 
-def begin_log(path: Path) -> None:
-    """Our log: one line an event, to the file, and to stderr where a person looks on."""
-    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
-    if sys.stderr.isatty():
-        handlers.append(logging.StreamHandler())
-    logging.raiseExceptions = False  # a full disk is no reason to stop supervising
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", handlers=handlers)
+def begin_log(path: Path, form: str) -> None:
+    """Our log goes to the file, and to stderr where a person looks on."""
+    logs.begin(form, functools.partial(paths.append, path), *([logs.to_stderr] if sys.stderr.isatty() else []))
 
 
 def main(arguments: list[str]) -> int:
@@ -1104,9 +1186,8 @@ def main(arguments: list[str]) -> int:
             settings, lock = load(where, flags), Lock(where)
         else:
             settings, lock = handed.settings, Lock(where, handed.lock_fd)
-        begin_log(where.log("supervisor"))
+        begin_log(where.log("supervisor"), settings.log.format)
         link.raise_nofile(8192)
-        log.info("mlxd %s, pid %d, in %s%s", __version__, os.getpid(), where.home, ", goes on" if handed is not None else "")
         return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
     except AlreadyRunning as running:
         print(running, file=sys.stderr)

@@ -126,7 +126,7 @@ class Daemon:
 
     def log(self, name: str = "supervisor") -> str:
         file = self.paths.log(name)
-        return file.read_text(errors="replace") if file.exists() else ""
+        return file.read_text(errors="replace") if file.is_file() else ""
 
     def history(self) -> str:
         return f"status: {json.dumps(self.status(), indent=1)}\nlog:\n{self.log()}"

@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
         "--complain", type=float, default=-1.0, help="a server: so long after the first engine is up, say it is stalled"
     )
     parser.add_argument("--want", action="append", default=[], help="a server: want this model, preloaded")
+    parser.add_argument("--spew", type=int, default=0, help="so many MiB of noise to stderr when ready, in one line")
     parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
     found = parser.parse_args()
     if not (found.first or found.after):
@@ -151,6 +152,8 @@ class FakeChild:
                 await asyncio.sleep(self.how.complain)
                 self.how.complain = -1.0
                 self.link.send(messages.Stalled(slot))
+            case messages.Reopen():
+                link.reopen_log(self.settings.log)
             case messages.Stop() | messages.Drain() if not self.how.ignore_term:
                 await self.leave(0)
 
@@ -197,6 +200,8 @@ class FakeChild:
             with contextlib.suppress(OSError):
                 while True:
                     os.dup(0)
+        if self.how.spew:
+            await asyncio.to_thread(spew, self.how.spew * 2**20)
         if self.how.hang_gil:
             hold_the_interpreter()
         if self.how.abort:
@@ -276,6 +281,13 @@ def take_memory(size_bytes: int) -> mmap.mmap:
     for offset in range(0, size_bytes, mmap.PAGESIZE):
         memory[offset] = 1
     return memory
+
+
+def spew(size_bytes: int) -> None:
+    """Every byte there is but a newline, over and over."""
+    noise = bytes(byte for byte in range(256) if byte != 10) * 256 + b"\x1b[31m\x1b]0;mine\x07"
+    for _ in range(0, size_bytes, len(noise)):
+        os.write(2, noise)
 
 
 def hold_the_interpreter() -> None:

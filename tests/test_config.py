@@ -51,6 +51,8 @@ def test_lists_commands_and_switches_are_read_from_text() -> None:
         ({"MLXD_SECURITY_STRICT_HOST": "maybe"}, "MLXD_SECURITY_STRICT_HOST must be true or false"),
         ({"MLX_API_HOST": "999.1.1.1"}, "MLX_API_HOST must be an IP address"),
         ({"OLLAMA_KEEP_ALIVE": "soon"}, "OLLAMA_KEEP_ALIVE"),
+        ({"MLXD_LOG_FORMAT": "xml"}, 'MLXD_LOG_FORMAT: invalid enum value \'xml\'; it is "text" or "json"'),
+        ({"MLXD_EVENTS_ON_EVENT": "sh -c 'oops"}, "MLXD_EVENTS_ON_EVENT is no command: no closing quotation in"),
     ],
 )
 def test_a_bad_variable_is_named(environ: dict[str, str], sentence: str) -> None:

@@ -37,6 +37,8 @@ class Filler(Protocol):
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
+    `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for the log, as far as they are known. `failed`: the
+    answer had begun and ended with an error.
     `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
@@ -48,6 +50,10 @@ class Exchange:
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
         self.body_bytes = 0
+        self.status = 0
+        self.model: str | None = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.failed = False
         self.started = False
         self.finished = False
         self.left = False
@@ -152,7 +158,7 @@ class Exchange:
             await self.send({"type": "http.response.start", "status": status, "headers": self.headers + headers})
         finally:
             self.writing_since = None
-        self.started = True
+        self.status, self.started = status, True
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """One network write. Waits while the client is behind with reading."""

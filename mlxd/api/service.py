@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-import traceback
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -28,6 +27,8 @@ from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
 from mlxd.uploads import Uploads
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -134,10 +135,11 @@ class Service:
                 self.pool.preload(await self.find(name))
             except Refused as refused:
                 self.missing.append(refused.message)
-                print(f"cannot preload: {refused.message}", file=sys.stderr, flush=True)
+                log.warning("cannot preload: %s", refused.message)
 
     async def load(self, exchange: Exchange, model: Model, keep_alive_s: float | None) -> int:
         """Load a model, or unload it (0 seconds); ns since the request came. Raises Refused."""
+        exchange.model = model.name
         with self.pool.using(model, keep_alive_s) as engine:
             if keep_alive_s != 0:
                 self.check_supervised()
@@ -158,6 +160,7 @@ class Service:
         except Exception as error:
             if not exchange.started:
                 raise
+            exchange.failed = True
             # While connected: a client that does not read is left behind here, too.
             await exchange.while_connected(exchange.write(view.error(refusal(error)), last=True))
 
@@ -169,6 +172,7 @@ class Service:
             if isinstance(event, Embedded):
                 if entry.resumes:
                     exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
+                exchange.prompt_tokens = event.tokens
                 ended.append((event, max(1, entry.submitted_ns - entry.received_ns)))
 
         await self.serve(exchange, [request], tell)
@@ -194,17 +198,22 @@ class Service:
         """All events of the requests, until their client leaves. Raises Refused."""
         self.check_supervised()
         model = requests[0].model
+        exchange.model = model.name
         if model.embeds and requests[0].inputs is None:
             asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
             raise Refused(400, f"{model.name.removesuffix(':latest')} does not support {asked}")
         with contextlib.ExitStack() as kept:
             entries: list[Entry] = []
             for request in requests:
-                request.priority = priority(exchange)
+                request.priority, request.id = priority(exchange), exchange.request_id
                 request.settle(self.config.models.context_length)
                 size = 0 if entries else exchange.body_bytes
                 entries.append(kept.enter_context(self.journal.keep(request, exchange.received_ns, size)))
-            await exchange.while_connected(self.run(exchange, entries, tell, filler))
+            try:
+                await exchange.while_connected(self.run(exchange, entries, tell, filler))
+            finally:
+                exchange.prompt_tokens += sum(len(entry.prompt_ids or []) for entry in entries)
+                exchange.completion_tokens = sum(len(entry.emitted) for entry in entries)
 
     async def run(self, exchange: Exchange, entries: list[Entry], tell: Tell, filler: Filler | None) -> None:
         """Admission, engines, events. Raises Refused."""
@@ -355,5 +364,5 @@ def refusal(error: Exception) -> Refused:
     """What a client is told of an error; one that nobody foresaw goes to the log."""
     if isinstance(error, Refused):
         return error
-    traceback.print_exception(error)
+    log.error("internal error", exc_info=error)
     return Refused(500, "internal error")

@@ -174,7 +174,7 @@ def validate(where: paths.Paths, flags: list[str]) -> None:
 
 def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
     """Start the supervisor in a session of its own and wait until it answers. Raises MlxdError with its own words if it ends instead."""
-    file = paths.open_log(where.log("supervisor"))
+    file, _ = paths.open_log_anyway(where.log("supervisor"))
     size = os.fstat(file).st_size
     process = subprocess.Popen(
         [sys.executable, "-m", "mlxd.supervisor", *flags],
@@ -189,7 +189,7 @@ def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
         if (code := process.poll()) is not None:
             if code == 0:  # another start won the race
                 return
-            words = where.log("supervisor").read_bytes()[size:].decode(errors="replace").strip()
+            words = (paths.read_small(where.log("supervisor"), 2**30) or b"")[size:].decode(errors="replace").strip()
             failed = MlxdError(words.rpartition("\n")[2].removeprefix("Error: ") or f"the supervisor ended with status {code}")
             failed.exit_status = code if code > 0 else 1
             raise failed

@@ -1,24 +1,28 @@
-"""Looking at the daemon: status, logs."""
+"""Looking at the daemon: status, logs, events."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
 from mlxd import control, paths
-from mlxd.cli.words import as_json, lines_of, printable
+from mlxd.cli.words import as_json, lines_of
 from mlxd.errors import NotRunning
 
 #: What `mlxd status` ends with for a state; any other: running, and not ready.
 STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
 NOT_READY = 4
+#: Of a line that is followed: there is output that never ends one.
+MOST_LINE_BYTES = 64 * 1024
 
 
 @click.command()
@@ -42,9 +46,15 @@ def status(ctx: click.Context, json_: bool) -> None:
     ctx.exit(STATUS_STATUS.get(told["state"], NOT_READY))
 
 
+following_on = click.option("-f", "--follow", is_flag=True, help="Go on as it grows.")
+how_many = click.option(
+    "-n", "--lines", type=click.IntRange(0, 1_000_000), default=50, show_default=True, help="How many of the last lines."
+)
+
+
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on as it grows.")
-@click.option("-n", "--lines", type=click.IntRange(0, 1_000_000), default=50, show_default=True, help="How many of the last lines.")
+@following_on
+@how_many
 @click.option("--server", "which", flag_value="server", help="The HTTP server's log.")
 @click.option("--engine", "which", flag_value="engine", help="The engines' logs.")
 @click.option("--supervisor", "which", flag_value="supervisor", default=True, help="The supervisor's log (default).")
@@ -52,18 +62,24 @@ def logs(follow: bool, lines: int, which: str) -> None:
     """Show the logs."""
     directory = paths.locate().logs
     files = sorted(directory.glob("engine-*.log")) if which == "engine" else [directory / f"{which}.log"]
-    files = [file for file in files if file.exists()]
+    files = [file for file in files if file.is_file()]
     if not files:
         raise NotRunning(f"there is no {which} log in {directory}; `mlxd start` begins one")
-    for file in files:
-        for text in last_lines(file, lines):
-            click.echo(printable(text))
-    if follow:
-        try:
-            for text in following(files):
-                click.echo(printable(text))
-        except KeyboardInterrupt:
-            return
+    show([text for file in files for text in last_lines(file, lines)], files if follow else [], printable)
+
+
+@click.command()
+@following_on
+@how_many
+@as_json
+def events(follow: bool, lines: int, json_: bool) -> None:
+    """Show what has happened, one event a line: when, what, to whom."""
+    file = paths.locate().events
+    files = [one for one in (file.with_name(file.name + ".1"), file) if one.is_file()]
+    if not files:
+        raise NotRunning(f"there are no events in {file.parent}; `mlxd start` begins them")
+    last = [text for one in files for text in last_lines(one, lines)]
+    show(last[len(last) - min(lines, len(last)) :], [file] if follow else [], printable if json_ else sentence)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------------------
@@ -78,6 +94,29 @@ def last_exit(where: paths.Paths) -> Any:
         return None
 
 
+def show(lines: list[bytes], files: list[Path], form: Callable[[bytes], str]) -> None:
+    """These lines, then those that come to the files, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for text in itertools.chain(lines, following(files) if files else []):
+            click.echo(form(text))
+
+
+def sentence(text: bytes) -> str:
+    """An event for people and awk: when, what, then a sentence that begins with whom it is about."""
+    try:
+        told = json.loads(text)
+        return printable(f"{told['ts']}  {told['event']}  {told['text']}".encode())
+    except (ValueError, KeyError, TypeError):  # half a line, of a machine that went down
+        return printable(text)
+
+
+def printable(text: bytes) -> str:
+    """What a child wrote must not drive the reader's terminal."""
+    from mlxd.logs import printable  # `mlxd status` does without logging
+
+    return "\t".join(printable(part) for part in text.decode(errors="replace").split("\t"))
+
+
 def last_lines(file: Path, count: int) -> list[bytes]:
     """At most `count` lines from the last MiB."""
     with open(file, "rb") as log:
@@ -87,23 +126,21 @@ def last_lines(file: Path, count: int) -> list[bytes]:
 
 
 def following(files: list[Path]) -> Iterator[bytes]:
-    """Lines as they are written, also after a log was cut or made anew."""
+    """Lines as they are written, also after a log was cut or made anew; a very long one in parts."""
     opened: dict[Path, IO[bytes]] = {}
     for file in files:
         opened[file] = open(file, "rb")  # noqa: SIM115 as long as we follow
         opened[file].seek(0, os.SEEK_END)
     while True:
         for file, log in opened.items():
-            try:
-                there = file.stat()
-            except FileNotFoundError:
-                continue
-            if there.st_ino != os.fstat(log.fileno()).st_ino:
-                log.close()
-                opened[file] = log = open(file, "rb")  # noqa: SIM115
-            elif there.st_size < log.tell():
+            there = os.fstat(log.fileno())
+            anew = file.is_file() and file.stat().st_ino != there.st_ino
+            if there.st_size < log.tell():
                 log.seek(0)
-            for text in log:
+            while text := log.readline(MOST_LINE_BYTES):
                 yield text.rstrip(b"\n")
+            if anew:
+                log.close()
+                opened[file] = open(file, "rb")  # noqa: SIM115
         sys.stdout.flush()
         time.sleep(0.2)

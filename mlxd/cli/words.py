@@ -79,10 +79,3 @@ def age_of(seconds: float) -> str:
 
 def bytes_of(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def printable(text: bytes) -> str:
-    """A log line with control characters escaped: what a child wrote must not drive the reader's terminal."""
-    return "".join(
-        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text.decode(errors="replace")
-    )
