@@ -24,9 +24,11 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from mlxd import config, desk, messages, status
+from mlxd.awake import Awake
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import MlxdError
+from mlxd.notify import Notifier
 from mlxd.policy import State
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ SAME = (
     "started",
     "moved_at",
     "runs",
+    "notifier",
+    "awake",
 )
 
 
@@ -98,6 +102,8 @@ class Handover(msgspec.Struct, kw_only=True):
     started: float = 0.0
     moved_at: float = 0.0
     runs: int = 1
+    notifier: Notifier = msgspec.field(default_factory=Notifier)
+    awake: Awake = msgspec.field(default_factory=Awake)
 
     @property
     def places(self) -> list[Place]:

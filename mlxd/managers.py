@@ -6,8 +6,10 @@ for nor what its file says. A job is named as its manager names it: a launchd la
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import pwd
 import re
 import shlex
 import subprocess
@@ -15,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mlxd.errors import MlxdError
 
@@ -34,11 +37,13 @@ NO_DOMAIN = (112, 125)
 class Found:
     """How a job stands.
 
-    `loaded`: the manager knows it. `state`: the manager's own word, "running" and "spawn scheduled" of launchd, "active", "activating" and
-    "failed" of systemd; "" when it is not loaded. `pid`: None without a process. `last_exit`: status of the last process, None if untold.
+    `loaded`: the manager knows it. `enabled`: it will begin at the next boot or login. `state`: the manager's own word, "running" and
+    "spawn scheduled" of launchd, "active", "activating" and "failed" of systemd; "" when it is not loaded. `pid`: None without a
+    process. `last_exit`: status of the last process, None if untold.
     """
 
     loaded: bool = False
+    enabled: bool = False
     state: str = ""
     pid: int | None = None
     last_exit: int | None = None
@@ -49,6 +54,8 @@ class Launchd:
 
     name = "launchd"
     mlxd, recover = "local.mlxd", "local.mlxd.recover"
+    #: Every job of mlxd and the files that it consists of.
+    jobs: ClassVar = {mlxd: [f"{mlxd}.plist"], recover: [f"{recover}.plist"]}
 
     def __init__(self, system: bool = False, directory: Path | None = None, retry_s: float = 10.0):
         """`directory`: where the jobs' files are; None for the one that launchd reads at boot or login. `retry_s`: how long EIO is believed
@@ -56,6 +63,7 @@ class Launchd:
         self.system = system
         self.directory = directory or (Path("/Library/LaunchDaemons") if system else Path.home() / "Library/LaunchAgents")
         self.retry_s = retry_s
+        self.log = "mlxd logs --supervisor"
 
     def file(self, job: str) -> Path:
         return self.directory / f"{job}.plist"
@@ -78,7 +86,7 @@ class Launchd:
         if told.returncode in (NO_SUCH_PROCESS, NO_SUCH_SERVICE):
             return Found()
         text = checked(told).stdout
-        return Found(True, word(text, "state") or "", number(word(text, "pid")), number(word(text, "last exit code")))
+        return Found(True, True, word(text, "state") or "", number(word(text, "pid")), number(word(text, "last exit code")))
 
     def start(self, job: str) -> None:
         """Does nothing to a job that runs. Raises MlxdError."""
@@ -109,9 +117,14 @@ class Launchd:
         self.bootstrap(job)
 
     def remove(self, job: str) -> None:
-        """Stop the job and forget it; its file goes, too. Raises MlxdError."""
+        """Stop the job and forget it; its files go, too. Raises MlxdError."""
         self.stop(job)
-        self.file(job).unlink(missing_ok=True)
+        for name in self.jobs[job]:
+            (self.directory / name).unlink(missing_ok=True)
+
+    def begins(self) -> str:
+        """When it does, in words."""
+        return "when the machine boots" if self.system else "when you log in"
 
     def bootstrap(self, job: str) -> None:
         """EIO means "not now", as after a bootout that is not quite over, and also "it is loaded already"."""
@@ -136,6 +149,8 @@ class Systemd:
 
     name = "systemd"
     mlxd, recover = "mlxd.service", "mlxd-recover.timer"
+    #: Every job of mlxd and the files that it consists of.
+    jobs: ClassVar = {mlxd: [mlxd], recover: [recover, "mlxd-recover.service"]}
 
     def __init__(self, system: bool = False, directory: Path | None = None):
         """`directory`: where the units' files are; None for the one that systemd reads."""
@@ -143,19 +158,21 @@ class Systemd:
         config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
         self.directory = directory or (Path("/etc/systemd/system") if system else Path(config) / "systemd/user")
         self.command = ["systemctl"] if system else ["systemctl", "--user"]
+        self.log = f"journalctl {'' if system else '--user '}-u {self.mlxd}"
 
     def file(self, job: str) -> Path:
         return self.directory / job
 
     def look(self, job: str) -> Found:
         """Raises MlxdError when systemd cannot be asked."""
-        properties = "--property=LoadState,ActiveState,SubState,MainPID,ExecMainStatus"
+        properties = "--property=LoadState,ActiveState,UnitFileState,MainPID,ExecMainStatus"
         told = call(*self.command, "show", job, properties)
         shown = dict(line.split("=", 1) for line in checked(told).stdout.splitlines() if "=" in line)
         if shown.get("LoadState") != "loaded":
             return Found()
         pid = number(shown.get("MainPID"))
-        return Found(True, shown.get("ActiveState", ""), pid or None, number(shown.get("ExecMainStatus")))
+        enabled = shown.get("UnitFileState", "").startswith("enabled")
+        return Found(True, enabled, shown.get("ActiveState", ""), pid or None, number(shown.get("ExecMainStatus")))
 
     def start(self, job: str) -> None:
         """Does nothing to a unit that runs; returns when it says that it is up. Raises MlxdError."""
@@ -176,11 +193,32 @@ class Systemd:
         self.act("restart", job)
 
     def remove(self, job: str) -> None:
-        """Stop the unit and forget it; its file goes, too. Raises MlxdError."""
+        """Stop the unit and forget it; its files go, too. Raises MlxdError."""
         if self.look(job).loaded:
             self.act("disable", "--now", job)
-        self.file(job).unlink(missing_ok=True)
+        for name in self.jobs[job]:
+            (self.directory / name).unlink(missing_ok=True)
         self.act("daemon-reload")
+
+    def begins(self) -> str:
+        """When it does, in words."""
+        if self.system or self.lingers():
+            return "when the machine boots"
+        return f"when you log in, and ends when you log out: `sudo loginctl enable-linger {user_name()}` makes that the whole time"
+
+    def lingers(self) -> bool:
+        """Whether this user's units run without a login."""
+        with contextlib.suppress(
+            MlxdError
+        ):  # of somebody who neither is logged in nor lingers nothing is known, nor without logind
+            return "Linger=yes" in call("loginctl", "show-user", user_name(), "--property=Linger").stdout
+        return False
+
+    def linger(self) -> None:
+        """Let this user's units run without a login, if we may; `begins` tells what came of it."""
+        if not self.system and not self.lingers():
+            with contextlib.suppress(MlxdError):
+                call("loginctl", "enable-linger", user_name())
 
     def act(self, *words: str) -> None:
         if self.system:
@@ -234,6 +272,10 @@ def need_root(*command: str) -> None:
     """Raises MlxdError with the command that asks for it."""
     if os.geteuid() != 0:
         raise MlxdError(f"this is installed for the whole machine and needs root: sudo {shlex.join(command)}")
+
+
+def user_name() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def word(text: str, name: str) -> str | None:
