@@ -144,6 +144,8 @@ def remove(manager: Manager) -> bool:
     for job, files in reversed(manager.jobs.items()):  # what would start mlxd again goes first
         if any((manager.directory / name).exists() for name in files):
             found = True
+            if manager.system:
+                managers.need_root(sys.executable, "-m", "mlxd", "autostart", "uninstall", "--system")
             manager.remove(job)
     return found
 
@@ -177,15 +179,15 @@ def refuse_a_second(manager: Manager, environ: Mapping[str, str]) -> None:
     """Two owners would fight, and a manager has room for one mlxd. Raises MlxdError."""
     other = managers.manager(not manager.system)
     if is_for(other, environ):
-        flag = " --system" if other.system else ""
-        raise MlxdError(
-            f"{other.name} begins this mlxd already, by {other.file(other.mlxd)}; `mlxd autostart uninstall{flag}` first"
-        )
-    installed = environment_of(manager.file(manager.mlxd))
-    if installed is not None and not is_for(manager, environ):
-        raise MlxdError(
-            f"{manager.file(manager.mlxd)} is for another mlxd, in {place(installed)}; `mlxd autostart uninstall` first"
-        )
+        raise MlxdError(f"{other.name} begins this mlxd already, by {other.file(other.mlxd)}; `{uninstalling(other)}` first")
+    file = manager.file(manager.mlxd)
+    installed = environment_of(file)
+    if installed is not None and place(installed) != place(environ):
+        raise MlxdError(f"{file} is for another mlxd, in {place(installed)}; `{uninstalling(manager)}` first")
+
+
+def uninstalling(manager: Manager) -> str:
+    return "mlxd autostart uninstall" + (" --system" if manager.system else "")
 
 
 def make_directories(where: paths.Paths, account: Account | None, environment: dict[str, str]) -> None:

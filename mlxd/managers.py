@@ -207,10 +207,8 @@ class Systemd:
         return f"when you log in, and ends when you log out: `sudo loginctl enable-linger {user_name()}` makes that the whole time"
 
     def lingers(self) -> bool:
-        """Whether this user's units run without a login."""
-        with contextlib.suppress(
-            MlxdError
-        ):  # of somebody who neither is logged in nor lingers nothing is known, nor without logind
+        """Whether this user's units run without a login. Of somebody who neither is logged in nor lingers nothing is known."""
+        with contextlib.suppress(MlxdError):
             return "Linger=yes" in call("loginctl", "show-user", user_name(), "--property=Linger").stdout
         return False
 

@@ -88,7 +88,8 @@ def launchctl(verb: str, words: list[str], jobs: Jobs) -> None:
             (HERE / "path" / job).write_bytes(file.read_bytes())
         if "-k" in words:
             jobs.finish(job)
-        jobs.begin(job, content["ProgramArguments"], content["EnvironmentVariables"])
+        command = content["ProgramArguments"] if content.get("KeepAlive") else []
+        jobs.begin(job, command, content["EnvironmentVariables"])
     if verb == "bootout":
         if job not in jobs:
             end(3, "Boot-out failed: 3: No such process")
@@ -104,7 +105,7 @@ def launchctl(verb: str, words: list[str], jobs: Jobs) -> None:
 def systemctl(verb: str, words: list[str], jobs: Jobs) -> None:
     job = words[-1] if verb != "show" else words[0]
     directory = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd/user"
-    text = (directory / job).read_text() if (directory / job).exists() else ""
+    text = (directory / job).read_text() if (directory / job).is_file() else ""
     enabled = HERE / f"{job}.enabled"
     if verb == "show":
         state = "active" if jobs.pid(job) or (job in jobs and job.endswith(".timer")) else "inactive"

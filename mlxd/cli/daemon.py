@@ -31,6 +31,8 @@ STOP_S = 60.0
 BEGIN_S = 60.0
 #: What launchd and systemd call a job that has no process and will get none by itself.
 DOWN = ("", "not running", "inactive", "failed")
+#: ... and one that will get one.
+DUE = ("spawn scheduled", "waiting", "activating")
 #: The supervisor's rehearsal takes 20 s at most, waiting for quiet 12 s.
 RENEWAL_S = 60.0
 
@@ -84,7 +86,7 @@ def stop() -> None:
         if owner is None:
             raise
         pid = owner.look(owner.mlxd).pid  # it hears nobody; its manager has other means
-    if owner is not None and owner.look(owner.mlxd).state not in DOWN:
+    if owner is not None and not rests(owner):
         owner.stop(owner.mlxd)
     click.echo(f"stopped  pid {pid}" if pid is not None else "mlxd is not running")
 
@@ -176,6 +178,16 @@ def end(where: paths.Paths) -> int | None:
             raise MlxdError(f"mlxd (pid {pid}) has not stopped within {STOP_S:.0f} s; look at `mlxd logs --supervisor`")
         time.sleep(0.02)
     return pid
+
+
+def rests(owner: Manager) -> bool:
+    """Whether its manager has seen it end, and does not begin it again. Raises MlxdError."""
+    deadline = time.monotonic() + 5.0
+    while (state := owner.look(owner.mlxd).state) not in DOWN:
+        if state in DUE or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def await_the_end_of_a_stop(where: paths.Paths) -> None:
