@@ -96,6 +96,7 @@ class Supervisor(Section, frozen=True):
     spare_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024 * 1024
     log_bytes: Annotated[int, Meta(ge=64 * 1024)] = 50 * 1024 * 1024
     log_keep_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024
+    keep_awake: bool = False
 
 
 class Health(Section, frozen=True):

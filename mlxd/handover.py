@@ -24,10 +24,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from mlxd import config, desk, messages, status
+from mlxd.awake import Awake
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import MlxdError
 from mlxd.events import Event
+from mlxd.notify import Notifier
 from mlxd.policy import State
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ SAME = (
     "flapped_at",
     "terminal",
     "told",
+    "notifier",
+    "awake",
 )
 
 
@@ -107,6 +111,8 @@ class Handover(msgspec.Struct, kw_only=True):
     told: str = ""
     event_seq: int = 0
     untold: list[Event] = []
+    notifier: Notifier = msgspec.field(default_factory=Notifier)
+    awake: Awake = msgspec.field(default_factory=Awake)
 
     @property
     def places(self) -> list[Place]:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -123,6 +124,23 @@ def prepare(paths: Paths) -> None:
     """Make the directories. Raises ConfigError with what to do when one is a link, another user's, or not writable."""
     for directory in (paths.home, paths.logs, paths.config_dir, paths.run, paths.views):
         own_directory(directory)
+
+
+def purge(paths: Paths) -> None:
+    """Remove every file that mlxd keeps, and the directories that are empty then: somebody's models may lie there, too. Raises OSError."""
+    for directory, names in (
+        (paths.run, ("*.sock", "*.stack", "lease")),
+        (paths.logs, ("*.log",)),
+        (paths.home, ("mlxd.pid", "mlxd.lock", "state.json", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
+        (paths.config_dir, ("config.toml", ".env", "token")),
+    ):
+        for name in names:
+            for file in (*directory.glob(name), *directory.glob(f".{name}-*")):  # a death in `write_atomically` leaves the latter
+                file.unlink()
+    shutil.rmtree(paths.views, ignore_errors=True)  # of links, which it does not follow
+    for directory in (paths.run, paths.logs, paths.config_dir, paths.home):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def own_directory(directory: Path) -> None:

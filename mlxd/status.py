@@ -78,8 +78,8 @@ def next_try(s: Supervisor, one: Child) -> str:
     return f"next try in {seconds:.0f} s" if seconds >= 1 else "next try now"
 
 
-def why_not(s: Supervisor) -> str:
-    """The sentence of a 503 while no server answers."""
+def sentence(s: Supervisor) -> str:
+    """Of a 503 while no server answers, and for systemd."""
     state, reason = overall(s)
     return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
 
@@ -136,6 +136,8 @@ def notes(s: Supervisor) -> Iterator[str]:
         yield s.papers.problem
     for stray in s.left_behind():
         yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
+    if s.config.supervisor.keep_awake and s.awake.pid is None and s.awake.tried_at > s.started:
+        yield "the machine may fall asleep: `supervisor.keep_awake` needs macOS's caffeinate, which does not run"
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
         if others:

@@ -48,6 +48,7 @@ from mlxd import (
     status,
     strays,
 )
+from mlxd.awake import Awake
 from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
@@ -55,6 +56,7 @@ from mlxd.errors import ConfigError, MlxdError
 from mlxd.exits import Exits
 from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
+from mlxd.notify import Notifier
 from mlxd.papers import Papers
 from mlxd.policy import Action, Event, Health, State
 from mlxd.ports import Port
@@ -127,9 +129,11 @@ class Supervisor:
         self.awaited: dict[int, asyncio.Future[int]] = {}  # wait statuses of processes that are no children, by pid
         self.handing_over = False
         self.runs = 1  # how many supervisors this process has been
+        self.notifier = Notifier.of(os.environ)
+        self.awake = Awake()
         self.bug: BaseException | None = None
         self.poll: asyncio.Task[None] | None = None
-        self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
+        self.port = Port(StandIn(lambda: status.sentence(self), lambda: status.health(self)))
         self.exits = Exits(where.exits, self.papers)
         self.events = events.Events(where.events)
         self.hook = hook.Hook(lambda: self.config.events, self.outcome, self.keep)
@@ -169,6 +173,7 @@ class Supervisor:
             self.say("supervisor_replaced", f"mlxd {__version__} goes on, {here}")
         self.control.open()
         self.files = self.watch_files()
+        self.notifier.ready()
         self.keep(self.tick_forever())
         await self.done.wait()
         if self.bug is not None:
@@ -197,6 +202,7 @@ class Supervisor:
         self.stopping += 1
         if self.stopping == 1:
             self.say("stopping", f"mlxd is stopping: {why}")
+            self.notifier.stopping()
             self.port.leave()
             self.boots.pass_trials()  # a machine that goes down now does so because it was told to
             for one in list(self.servers()):
@@ -236,6 +242,7 @@ class Supervisor:
         self.port.close()
         for timer in self.timers.values():
             timer.cancel()
+        self.awake.keep(False, self.loop.time())
         self.remember()
         self.paths.control.unlink(missing_ok=True)
         if not any(one.pid is not None for one in self.children()):
@@ -461,6 +468,8 @@ class Supervisor:
             if (waiting := self.awaited.get(pid)) is not None:
                 if not waiting.done():
                     waiting.set_result(status)
+                continue
+            if self.awake.ended(pid):
                 continue
             one = next((c for c in self.children() if c.pid == pid and c.alive), None)
             if one is None:  # a grandchild
@@ -834,6 +843,9 @@ class Supervisor:
             self.papers.retry()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
+        self.awake.keep(limits.keep_awake and not self.stopping, now)
+        self.notifier.status(status.sentence(self))
+        self.notifier.ping(now)  # last: everything above has been looked at
 
     def mend_control(self) -> None:
         """A cleaner of temporary files was here: without its name nobody finds the control socket."""
@@ -1063,10 +1075,12 @@ class Supervisor:
         if self.handing_over:
             raise MlxdError("the supervisor is being replaced already")
         self.handing_over = True
+        self.notifier.reloading()
         try:
             await handover.hand_over(self)
         finally:
             self.handing_over = False
+            self.notifier.ready()
 
     def refuse_when_stopping(self) -> None:
         """Raises MlxdError."""
@@ -1105,6 +1119,7 @@ class Supervisor:
         A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong; with `restart` the
         server in any case, and engines that are not of our version, or wait for their next try.
         """
+        self.notifier.reloading()
         try:
             new, old = self.load_config(), self.config
             if (new.server.port, new.server.host) != (old.server.port, old.server.host) and not self.obstacle:
@@ -1113,6 +1128,8 @@ class Supervisor:
             self.config_problem = str(error)
             self.say("reload_refused", f"mlxd: the new configuration is refused, the old one stays: {error}")
             raise
+        finally:
+            self.notifier.ready()
         self.config, self.config_problem = new, ""
         changed = differences(old, new)
         if changed:

@@ -212,6 +212,34 @@ def home() -> Iterator[Path]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+class Stubs:
+    """A PATH on which launchctl, systemctl and loginctl are `fake_manager.py`."""
+
+    def __init__(self, directory: Path):
+        directory.mkdir()
+        self.directory = directory
+        for name in ("launchctl", "systemctl", "loginctl"):
+            script = directory / name
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_manager.py"} {directory} {name} "$@"\n')
+            script.chmod(0o755)
+
+    def script(self, **replies: Any) -> None:
+        """Verb -> [[status, stderr], ...], played before anything else; status None: as always."""
+        (self.directory / "replies.json").write_text(json.dumps(replies))
+
+    def calls(self, program: str) -> list[list[str]]:
+        """What it was asked since the last look."""
+        file = self.directory / "calls.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [words for name, *words in map(json.loads, lines) if name == program]
+
+
+@pytest.fixture
+def stubs(home: Path) -> Stubs:
+    return Stubs(home / "stubs")
+
+
 @pytest.fixture
 def daemon(home: Path) -> Iterator[Callable[..., Daemon]]:
     """Makes a Daemon with fake children unless told otherwise: `daemon(server="--mute", engine="--abort", MLXD_...="...")`.

@@ -109,6 +109,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".pth", ".pyc", ".so"))]
     assert "mlxd/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
+    for manager in ("launchd", "systemd"):
+        there = {f"mlxd/{manager}/{file.name}" for file in (ROOT / manager).iterdir()}
+        assert there and there == {name for name in names if name.startswith(f"mlxd/{manager}/")}
     for kind in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert [name for name in names if name.startswith("mlxd/builtin/") and name.endswith(f"/{kind}")], (
             f"no {kind} of the built-in model"

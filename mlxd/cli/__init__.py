@@ -19,6 +19,7 @@ from mlxd.errors import MlxdError
 #: Every command, in the order of `mlxd --help`, and the file of this package that has it.
 GROUPS = {
     "Run it": {"start": "daemon", "stop": "daemon", "restart": "daemon", "reload": "daemon", "run": "daemon"},
+    "Keep it running": {"autostart": "autostart", "uninstall": "uninstall"},
     "Look at it": {"status": "look", "logs": "look", "events": "look"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
