@@ -37,6 +37,7 @@ class Filler(Protocol):
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
+    `asked`: the body, if `keeps_body`, for as long as somebody else may have to answer it.
     `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
@@ -48,6 +49,8 @@ class Exchange:
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
         self.body_bytes = 0
+        self.keeps_body = False
+        self.asked: bytearray | None = None
         self.started = False
         self.finished = False
         self.left = False
@@ -89,6 +92,7 @@ class Exchange:
                     held_bytes = self.uploads.hold(held_bytes, len(body))
                     if not message["more_body"]:
                         self.body_bytes = len(body)
+                        self.asked = body if self.keeps_body else None
                         return body
         except TimeoutError:
             self.headers.append((b"connection", b"close"))
@@ -147,6 +151,7 @@ class Exchange:
         await self.start(200, [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
 
     async def start(self, status: int, headers: Headers) -> None:
+        self.asked = None
         self.writing_since = self.clock()
         try:
             await self.send({"type": "http.response.start", "status": status, "headers": self.headers + headers})
