@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -135,6 +136,20 @@ class Events(Section, frozen=True):
     limit_s: Seconds = 10.0
 
 
+class Ollama(Section, frozen=True):
+    """Ollama, which may run beside mlxd."""
+
+    url: str = "http://localhost:11434"
+
+
+class Fallback(Section, frozen=True):
+    """Ollama answers for models that it has and mlxd has not. `models`: a model of mlxd's -> the one of Ollama's that answers in its place
+    while it cannot be loaded."""
+
+    ollama: bool = False
+    models: dict[str, str] = {}
+
+
 class Config(Section, frozen=True):
     server: Server = Server()
     models: Models = Models()
@@ -145,11 +160,14 @@ class Config(Section, frozen=True):
     security: Security = Security()
     log: Log = Log()
     events: Events = Events()
+    ollama: Ollama = Ollama()
+    fallback: Fallback = Fallback()
 
 
 def of_server(config: Config) -> object:
     """What a server reads of it: equal for two configurations between which it need not be replaced."""
-    return config.server, config.models, config.rate_limit, config.security, config.log, config.health.silent_s
+    at_requests = config.server, config.models, config.rate_limit, config.security, config.log, config.fallback
+    return *at_requests, config.ollama.url, config.health.silent_s
 
 
 def of_engine(config: Config) -> object:
@@ -169,12 +187,14 @@ NAMES = {
     "MLX_HEALTH_MAX_TIME": ("health", "max_time_s"),
     "MLX_RATE_LIMIT_MAX": ("rate_limit", "max"),
     "MLX_RATE_LIMIT_WINDOW": ("rate_limit", "window_s"),
+    "OLLAMA_URL": ("ollama", "url"),
     "OLLAMA_ORIGINS": ("server", "origins"),
     "OLLAMA_KEEP_ALIVE": ("models", "keep_alive"),
     "OLLAMA_CONTEXT_LENGTH": ("models", "context_length"),
 }
 
 LISTS = {("models", "preload"), ("server", "origins")}
+PAIRS = {("fallback", "models")}
 COMMANDS = {("server", "command"), ("engine", "command")}
 
 
@@ -231,6 +251,8 @@ def load(
     settings = build(tree, sources)
     check_host(settings.server.host, sources.get("server.host", ""))
     check_command(settings.events.on_event, sources.get("events.on_event", ""))
+    if settings.fallback.ollama:
+        check_url(settings.ollama.url, sources.get("ollama.url", ""))
     return Loaded(settings, sources)
 
 
@@ -281,6 +303,11 @@ def from_text(section: str, key: str, text: str, place: str) -> Any:
     """An environment variable's text as the value its setting has."""
     if (section, key) in LISTS:
         return [part.strip() for part in text.split(",") if part.strip()]
+    if (section, key) in PAIRS:
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        if not all(name.strip() and value.strip() for name, _, value in pairs):
+            raise ConfigError(f"{place} must be pairs such as name=other,name2=other2, not {text!r}")
+        return {name.strip(): value.strip() for name, _, value in pairs}
     if (section, key) in COMMANDS:
         return text.split()
     text = text.strip()
@@ -313,6 +340,17 @@ def check_command(command: str, place: str) -> None:
         shlex.split(command)
     except ValueError as error:
         raise ConfigError(f"{place} is no command: {str(error).lower()} in {command!r}") from None
+
+
+def check_url(url: str, place: str) -> None:
+    """Raises ConfigError unless `url` is the address of a server of HTTP."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        good = False
+    if not good or not url.isascii() or parts.query or parts.fragment:
+        raise ConfigError(f"{place} must be an address such as http://localhost:11434, not {url!r}")
 
 
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:

@@ -19,13 +19,13 @@ Status = Literal["ok", "degraded", "loading", "draining"]
 MAX_TEXT = 2000
 
 
-def status(pool: Pool, draining: bool, missing: list[str]) -> tuple[Status, str | None]:
-    """The state in a word, and why it is not ok. `missing`: models to be preloaded that cannot be."""
+def status(pool: Pool, draining: bool, problems: list[str]) -> tuple[Status, str | None]:
+    """The state in a word, and why it is not ok. `problems`: what a person has to mend."""
     if draining:
         return "draining", "the server is about to end"
     preloads = [engine for engine in pool.engines.values() if engine.preloaded]
-    if missing:
-        return "degraded", "; ".join(missing)
+    if problems:
+        return "degraded", "; ".join(problems)
     if preloads and not any(engine.state == "ready" for engine in preloads):
         failed = [engine for engine in preloads if engine.state in ("retried", "absent")]
         if len(failed) < len(preloads):
@@ -69,9 +69,9 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
 async def report(service: Service, exchange: Exchange) -> None:
     """200 when a request sent now would be served or queued."""
     pool, admission, journal = service.pool, service.admission, service.journal
-    word, reason = status(pool, service.draining, service.missing)
+    word, reason = status(pool, service.draining, service.problems)
     clock = pool.clock()
-    body = {
+    body: dict[str, Any] = {
         "status": word,
         "reason": reason,
         "nonce": service.nonce,
@@ -86,6 +86,9 @@ async def report(service: Service, exchange: Exchange) -> None:
         },
         "last_exit": last_words(service.last_exit),
     }
+    if fallback := service.fallback:
+        trouble = fallback.trouble.sentence if fallback.trouble else None
+        body["fallback"] = {"url": str(fallback.address), "running": fallback.running, "trouble": trouble}
     await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
 
 
@@ -96,7 +99,7 @@ async def live(service: Service, exchange: Exchange) -> None:
 
 async def ready(service: Service, exchange: Exchange) -> None:
     """200 when the state is ready or degraded."""
-    word, reason = status(service.pool, service.draining, service.missing)
+    word, reason = status(service.pool, service.draining, service.problems)
     await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word, "reason": reason})
 
 

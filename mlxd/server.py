@@ -102,6 +102,22 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/openapi.json", describe),
 ]
 
+#: What goes to Ollama if the model is there and not here.
+FORWARDABLE: set[Endpoint] = {
+    ollama.show,
+    ollama.generate,
+    ollama.chat,
+    ollama.embed,
+    ollama.embeddings,
+    openai.model,
+    openai.chat,
+    openai.complete,
+    openai.embeddings,
+    responses.create,
+    anthropic.messages,
+    anthropic.count_tokens,
+}
+
 
 # --- the app ----------------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +130,15 @@ class Mounted:
         self.endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.endpoint(self.service, scope["exchange"])
+        exchange: Exchange = scope["exchange"]
+        fallback = self.service.fallback if self.endpoint in FORWARDABLE else None
+        exchange.keeps_body = fallback is not None
+        try:
+            await self.endpoint(self.service, exchange)
+        except Refused as refused:
+            if fallback is None or exchange.started:
+                raise
+            await fallback.answer(exchange, refused, error_body)
 
 
 class App:
@@ -284,7 +308,7 @@ class Process:
                 timeout_graceful_shutdown=int(FAREWELL_S),
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ),
-            accepting=lambda: link.send(Ready(problems=self.service.missing)),
+            accepting=lambda: link.send(Ready(problems=self.service.problems)),
         )
         self.deadline = math.inf
         self.drained: asyncio.Task[None] | None = None
@@ -299,8 +323,9 @@ class Process:
             config.server.origins, config.security.strict_host, on_loopback(config.server.host)
         )
         self.service.connections = lambda: len(self.connections.open)
-        await self.service.preload()
         sockets = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
+        self.service.avoid_loop({sock.getsockname()[1] for sock in sockets})
+        await self.service.preload()
         tasks = [
             asyncio.create_task(self.http.serve(sockets)),
             asyncio.create_task(serve(self.link, self.handle, self.orphaned)),

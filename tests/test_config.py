@@ -32,10 +32,12 @@ def test_the_names_that_users_know_win_over_the_long_ones() -> None:
 
 def test_lists_commands_and_switches_are_read_from_text() -> None:
     environ = {"MLX_PRELOAD_MODELS": "a, b,", "MLXD_ENGINE_COMMAND": "python x.py --y", "MLXD_SECURITY_STRICT_HOST": "yes"}
+    environ |= {"MLXD_FALLBACK_MODELS": "a=b:1, c/d = e,"}
     found = config.load(NONE, [], environ).config
     assert found.models.preload == ["a", "b"]
     assert found.engine.command == ["python", "x.py", "--y"]
     assert found.security.strict_host is True
+    assert found.fallback.models == {"a": "b:1", "c/d": "e"}
     assert config.load(NONE, [], {"MLX_PRELOAD_MODELS": ""}).config.models.preload == []
     assert config.load(NONE, [], {}).config.models.preload is None
 
@@ -53,6 +55,13 @@ def test_lists_commands_and_switches_are_read_from_text() -> None:
         ({"OLLAMA_KEEP_ALIVE": "soon"}, "OLLAMA_KEEP_ALIVE"),
         ({"MLXD_LOG_FORMAT": "xml"}, 'MLXD_LOG_FORMAT: invalid enum value \'xml\'; it is "text" or "json"'),
         ({"MLXD_EVENTS_ON_EVENT": "sh -c 'oops"}, "MLXD_EVENTS_ON_EVENT is no command: no closing quotation in"),
+        (
+            {"MLXD_FALLBACK_OLLAMA": "1", "OLLAMA_URL": "localhost:11434"},
+            "OLLAMA_URL must be an address such as http://localhost:11434",
+        ),
+        ({"MLXD_FALLBACK_OLLAMA": "1", "OLLAMA_URL": "http://localhost:port"}, "OLLAMA_URL must be an address"),
+        ({"MLXD_FALLBACK_OLLAMA": "1", "OLLAMA_URL": ""}, "OLLAMA_URL must be an address"),
+        ({"MLXD_FALLBACK_MODELS": "a=b,c"}, "MLXD_FALLBACK_MODELS must be pairs such as name=other"),
     ],
 )
 def test_a_bad_variable_is_named(environ: dict[str, str], sentence: str) -> None:
@@ -72,6 +81,8 @@ def test_a_bad_variable_is_named(environ: dict[str, str], sentence: str) -> None
         ("[models]\npreload = 'a'\n", "models.preload"),
         ("[models]\nkeep_alive = 'soon'\n", "models.keep_alive"),
         ("[server]\nport = 1\nport = 2\n", "line 3"),
+        ("[fallback.models]\nqwen = 3\n", "fallback.models"),
+        ("[fallback]\nollama = true\n[ollama]\nurl = 'ftp://x'\n", "ollama.url in .* must be an address"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(tmp_path: Path, text: str, sentence: str) -> None:

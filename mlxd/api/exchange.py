@@ -39,6 +39,7 @@ class Exchange:
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
     `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for the log, as far as they are known. `failed`: the
     answer had begun and ended with an error.
+    `asked`: the body, if `keeps_body`, for as long as somebody else may have to answer it.
     `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
@@ -54,6 +55,8 @@ class Exchange:
         self.model: str | None = None
         self.prompt_tokens = self.completion_tokens = 0
         self.failed = False
+        self.keeps_body = False
+        self.asked: bytearray | None = None
         self.started = False
         self.finished = False
         self.left = False
@@ -95,6 +98,7 @@ class Exchange:
                     held_bytes = self.uploads.hold(held_bytes, len(body))
                     if not message["more_body"]:
                         self.body_bytes = len(body)
+                        self.asked = body if self.keeps_body else None
                         return body
         except TimeoutError:
             self.headers.append((b"connection", b"close"))
@@ -153,6 +157,7 @@ class Exchange:
         await self.start(200, [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
 
     async def start(self, status: int, headers: Headers) -> None:
+        self.asked = None
         self.writing_since = self.clock()
         try:
             await self.send({"type": "http.response.start", "status": status, "headers": self.headers + headers})

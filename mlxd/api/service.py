@@ -20,6 +20,7 @@ from mlxd.api.exchange import Exchange, Filler
 from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
+from mlxd.fallback import HURRY_S, Fallback
 from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.modelfiles import Broken
@@ -86,7 +87,8 @@ class Service:
         self.rate_limit = RateLimit(config.rate_limit.max, config.rate_limit.window_s)
         self.connections: Callable[[], int] = lambda: 0
         self.draining = False
-        self.missing: list[str] = []
+        self.fallback = Fallback(config, self.look_up) if config.fallback.ollama else None
+        self.problems: list[str] = []
         self.last_exit: ExitRecord | None = None
 
     # --- models ---------------------------------------------------------------------------------------------------------------
@@ -105,6 +107,10 @@ class Service:
     async def models(self) -> list[Model]:
         """All there are, newest first."""
         return await asyncio.to_thread(self.catalogue.scan)
+
+    async def neighbours(self, exchange: Exchange, models: list[Model]) -> list[dict[str, Any]]:
+        """Ollama's models besides `models`, as its /api/tags has them."""
+        return await self.fallback.beside(exchange, [model.name for model in models]) if self.fallback else []
 
     async def read(self, look: Callable[[Path], T], model: Model, nothing: T) -> T:
         """What `look` finds in a model's directory; `nothing` when that cannot be read."""
@@ -125,6 +131,14 @@ class Service:
             await self.pool.retire(place.name, self.config.server.queue_wait_s)
             await asyncio.to_thread(self.catalogue.delete, place)
 
+    def avoid_loop(self, ports: set[int]) -> None:
+        """No fallback if it leads to one of the ports that we listen on."""
+        if self.fallback is not None and self.fallback.address.is_ours(ports, self.policy):
+            place = self.fallback.address
+            self.problems.append(f"the fallback is off: {place} is mlxd itself; set [ollama] url (OLLAMA_URL) to Ollama's address")
+            log.warning("%s", self.problems[-1])
+            self.fallback = None
+
     async def preload(self) -> None:
         """Want what the configuration names; the built-in model while there is no other."""
         names = self.config.models.preload
@@ -134,7 +148,7 @@ class Service:
             try:
                 self.pool.preload(await self.find(name))
             except Refused as refused:
-                self.missing.append(refused.message)
+                self.problems.append(refused.message)
                 log.warning("cannot preload: %s", refused.message)
 
     async def load(self, exchange: Exchange, model: Model, keep_alive_s: float | None) -> int:
@@ -147,7 +161,7 @@ class Service:
         return max(1, exchange.age_ns())
 
     async def ready(self, engine: Engine) -> None:
-        await self.pool.ready(engine, self.config.server.queue_wait_s)
+        await self.pool.ready(engine, *self.patience(engine.model))
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +213,8 @@ class Service:
         self.check_supervised()
         model = requests[0].model
         exchange.model = model.name
+        if not self.stand_in(model):
+            exchange.asked = None
         if model.embeds and requests[0].inputs is None:
             asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
             raise Refused(400, f"{model.name.removesuffix(':latest')} does not support {asked}")
@@ -225,7 +241,7 @@ class Service:
                     tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
                     engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
-                    await self.pool.ready(engine, self.config.server.queue_wait_s)
+                    await self.pool.ready(engine, *self.patience(request.model))
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
 
                     async def go(choice: int) -> None:
@@ -242,9 +258,18 @@ class Service:
 
     async def follow(self, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
         with self.pool.serving(engine):
-            async with aclosing(self.pool.events(engine, entry, self.config.server.queue_wait_s)) as events:
+            async with aclosing(self.pool.events(engine, entry, *self.patience(entry.request.model))) as events:
                 async for event in events:
                     await tell(choice, entry, event)
+
+    def patience(self, model: Model) -> tuple[float, float]:
+        """How long a request waits for a model: in all, and for one that died to be tried again."""
+        wait_s = self.config.server.queue_wait_s
+        return wait_s, min(wait_s, HURRY_S) if self.stand_in(model) else wait_s
+
+    def stand_in(self, model: Model) -> str:
+        """The model of Ollama's that answers while `model` cannot be loaded; "": none does."""
+        return self.fallback.equivalent(model) if self.fallback else ""
 
     def check_supervised(self) -> None:
         if not self.supervised:
