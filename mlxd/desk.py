@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxd.control import DEADLINE_S
-from mlxd.errors import MlxdError
+from mlxd.errors import ConfigError, MlxdError
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +29,15 @@ Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket at `path` (a stale one there is replaced: the caller holds the lock), for its owner alone."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """A socket at `path` (a stale one there is replaced: the caller holds the lock), for its owner alone. Raises ConfigError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(os.fspath(path))
-    path.chmod(0o600)
+    try:
+        path.unlink(missing_ok=True)
+        sock.bind(os.fspath(path))
+        path.chmod(0o600)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror}; remove what is there") from error
     sock.listen(BACKLOG)
     return sock
 
@@ -116,7 +119,7 @@ async def reply(text: bytes, verbs: dict[str, Verb]) -> dict[str, Any]:
         asked = json.loads(text)
         verb = verbs[asked["verb"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {"error": f"known verbs are {', '.join(sorted(verbs))}"}
+        return {"error": f"unknown verb; known are {', '.join(sorted(verbs))}"}
     try:
         return await verb(asked)
     except MlxdError as error:

@@ -50,6 +50,7 @@ SAME = (
     "lease",
     "lease_problem",
     "config_problem",
+    "tokens",
     "refusals",
     "first_token",
     "polls",
@@ -91,6 +92,7 @@ class Handover(msgspec.Struct, kw_only=True):
     lease: int | None = None
     lease_problem: str = ""
     config_problem: str = ""
+    tokens: str = ""
     refusals: dict[str, str] = {}
     first_token: bool = False
     polls: list[bool] = []

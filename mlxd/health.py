@@ -67,15 +67,19 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
 
 
 async def report(service: Service, exchange: Exchange) -> None:
-    """200 when a request sent now would be served or queued."""
-    pool, admission, journal = service.pool, service.admission, service.journal
+    """200 when a request sent now would be served or queued. Without a token, where one is needed, no more than who we are."""
+    pool, admission = service.pool, service.admission
     word, reason = status(pool, service.draining, service.missing)
+    body = {"status": word, "nonce": service.nonce, "version": mlxd.__version__}
+    if exchange.access:
+        body |= {"reason": reason} | details(service)
+    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
+
+
+def details(service: Service) -> dict[str, Any]:
+    pool, admission, journal = service.pool, service.admission, service.journal
     clock = pool.clock()
-    body = {
-        "status": word,
-        "reason": reason,
-        "nonce": service.nonce,
-        "version": mlxd.__version__,
+    return {
         "engines": [described(engine, clock) for engine in pool.present],
         "queue": {"running": admission.running, "waiting": admission.waiting},
         "requests": {"in_hand": len(journal.entries), "oldest_s": round(journal.oldest_s(), 3), "resumed": journal.resumed},
@@ -86,7 +90,6 @@ async def report(service: Service, exchange: Exchange) -> None:
         },
         "last_exit": last_words(service.last_exit),
     }
-    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
 
 
 async def live(service: Service, exchange: Exchange) -> None:
@@ -97,7 +100,8 @@ async def live(service: Service, exchange: Exchange) -> None:
 async def ready(service: Service, exchange: Exchange) -> None:
     """200 when the state is ready or degraded."""
     word, reason = status(service.pool, service.draining, service.missing)
-    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word, "reason": reason})
+    told = {"reason": reason} if exchange.access else {}
+    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word} | told)
 
 
 async def answer(exchange: Exchange, well: bool, body: dict[str, Any]) -> None:

@@ -78,8 +78,8 @@ def sweep(found: list[Leftover], term_s: float, kill_s: float) -> None:
 
 def is_ours(left: Leftover) -> bool:
     """Whether the process with this number is the very one: the same start, and our nonce in its environment. A number alone proves
-    nothing: it is reused."""
-    if start_identity(left.pid) != left.identity:
+    nothing: it is reused. 1 and less are never a child's, and a signal to 0, or to the group of 1, goes to many."""
+    if left.pid <= 1 or start_identity(left.pid) != left.identity:
         return False
     try:
         settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
@@ -89,11 +89,14 @@ def is_ours(left: Leftover) -> bool:
 
 
 def take_lease(where: paths.Paths, patience_s: float) -> int:
-    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`. Blocks."""
+    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`, or
+    something else is in its place. Blocks."""
     try:
         return lock.flocked(where.lease, patience_s)
     except BlockingIOError:
         raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
+    except OSError as error:
+        raise MlxdError(f"cannot lock {where.lease}: {error.strerror}; remove what is there") from error
 
 
 def start_identity(pid: int) -> float | None:

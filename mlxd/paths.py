@@ -6,6 +6,7 @@ Owns directories and modes (0700, files 0600). Knows no setting but MLXD_HOME.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
@@ -64,6 +65,11 @@ class Paths:
     @property
     def config(self) -> Path:
         return self.config_dir / "config.toml"
+
+    @property
+    def token(self) -> Path:
+        """Who may come in over HTTP; the server reads it."""
+        return self.config_dir / "token"
 
     @property
     def env_file(self) -> Path:
@@ -173,13 +179,50 @@ def open_log(path: Path | str) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
-    """The first `limit` bytes of a regular file of ours, not following a link; None when there is no such file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # missing, a link (ELOOP), a directory's or a socket's own refusals: nothing to read
-        return None
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a regular file of ours; no link is followed, nothing else is waited for. Raises OSError."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+        return fd
+    os.close(fd)
+    if stat.S_ISREG(found.st_mode):
+        raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}, not to you", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def read_own(path: Path, limit: int = -1) -> bytes:
+    """A regular file of ours, or its first `limit` bytes. Raises OSError."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         return file.read(limit)
+
+
+def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
+    """The same; None when there is no such file."""
+    try:
+        return read_own(path, limit)
+    except OSError:  # missing, a link (ELOOP), a socket, another user's: nothing to read
+        return None
+
+
+def read_private(path: Path, limit: int) -> bytes | None:
+    """What a file for secrets holds; None when there is none. Raises ConfigError when others could read or exchange it."""
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+            mode, data = os.fstat(file.fileno()).st_mode, file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"cannot use {path}: {why}; put a file of your own there and `chmod 600` it, or remove it") from error
+    if mode & 0o077:
+        raise ConfigError(f"others may read {path}: `chmod 600 {path}`, and change what is in it if they could")
+    if len(data) > limit:
+        raise ConfigError(f"{path} is larger than {limit} bytes")
+    return data
+
+
+def remove(path: Path) -> None:
+    """Of a file that is gone, or a directory in its place, nothing is said: the next start looks at it again."""
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlxd
 from mlxd.errors import Refused
 from mlxd.guard import MAX_BODY_BYTES
+from mlxd.tokens import Access
 from mlxd.uploads import Uploads
 
 Scope = MutableMapping[str, Any]
@@ -37,7 +38,7 @@ class Filler(Protocol):
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
-    `filler`: None while the answer may still get a status of its own, or is no stream."""
+    `access`: what its sender may do. `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
         self.scope = scope
@@ -47,6 +48,7 @@ class Exchange:
         self.received_ns = time.monotonic_ns()
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
+        self.access = Access.NONE
         self.body_bytes = 0
         self.started = False
         self.finished = False
