@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from mlxd.errors import Refused
 from mlxd.lock import flocked
-from mlxd.paths import write_atomically
+from mlxd.paths import read_own, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Aliases:
     def stamp(self) -> object:
         """Changes when the file does; None while there is none."""
         try:
-            found = self.path.stat() if self.path else None
+            found = self.path.lstat() if self.path else None
         except OSError:
             return None
         return (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
@@ -147,7 +147,7 @@ class Aliases:
         if self.path is None:
             return {}
         try:
-            text = self.path.read_bytes()
+            text = read_own(self.path)
         except FileNotFoundError:
             return {}
         return {alias.name.lower(): alias for alias in msgspec.json.decode(text, type=list[Alias])}

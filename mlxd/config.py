@@ -31,6 +31,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 #: Go's notation, as Ollama's keep_alive has it ("5m", "1h30m"), or a number of seconds; negative: for ever.
 Duration = Annotated[str, Meta(pattern=r"^[-+]?(\d+(\.\d+)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)$")]
 
+HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+$")]
+
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -55,6 +57,11 @@ class Server(Section, frozen=True):
     poison_s: Seconds = 600.0
     ping_s: Seconds = 15.0  # proxies give up on a stream that is silent for 60 s
     origins: list[str] = []
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("", "localhost") or ipaddress.ip_address(self.host).is_loopback
 
 
 class Models(Section, frozen=True):
@@ -122,7 +129,12 @@ class RateLimit(Section, frozen=True):
 
 
 class Security(Section, frozen=True):
+    """`hosts`: names beside those of this machine by which it may be called. `allow_remote`: without it, and a token, mlxd listens on
+    loopback alone."""
+
     strict_host: bool = False
+    hosts: list[HostName] = []
+    allow_remote: bool = False
 
 
 class Log(Section, frozen=True):
@@ -193,7 +205,7 @@ NAMES = {
     "OLLAMA_CONTEXT_LENGTH": ("models", "context_length"),
 }
 
-LISTS = {("models", "preload"), ("server", "origins")}
+LISTS = {("models", "preload"), ("server", "origins"), ("security", "hosts")}
 PAIRS = {("fallback", "models")}
 COMMANDS = {("server", "command"), ("engine", "command")}
 
@@ -361,7 +373,8 @@ def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
         dotted = re.match(r"[a-z_]+\.[a-z_]+", where)
         place = sources.get(dotted.group(), dotted.group()) if dotted else where.rstrip("`")
         if "matching regex" in sentence:
-            sentence = 'expected a duration such as "5m", "1h30m" or "-1"'
+            host = where.startswith("security.hosts")
+            sentence = "expected a name without a port" if host else 'expected a duration such as "5m", "1h30m" or "-1"'
         if "enum value" in sentence:
             sentence = f'{sentence}; it is "text" or "json"'
         raise ConfigError(f"{place}: {sentence[0].lower()}{sentence[1:]}") from error

@@ -137,7 +137,7 @@ async def reply(text: bytes, verbs: dict[str, Verb]) -> dict[str, Any]:
         asked = json.loads(text)
         verb = verbs[asked["verb"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {"error": f"known verbs are {', '.join(sorted(verbs))}"}
+        return {"error": f"unknown verb; known are {', '.join(sorted(verbs))}"}
     try:
         return await verb(asked)
     except MlxdError as error:

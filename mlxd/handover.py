@@ -53,6 +53,7 @@ SAME = (
     "lease",
     "lease_problem",
     "config_problem",
+    "tokens",
     "refusals",
     "first_token",
     "polls",
@@ -99,6 +100,7 @@ class Handover(msgspec.Struct, kw_only=True):
     lease: int | None = None
     lease_problem: str = ""
     config_problem: str = ""
+    tokens: str = ""
     refusals: dict[str, str] = {}
     first_token: bool = False
     polls: list[bool] = []

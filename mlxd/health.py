@@ -67,15 +67,19 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
 
 
 async def report(service: Service, exchange: Exchange) -> None:
-    """200 when a request sent now would be served or queued."""
-    pool, admission, journal = service.pool, service.admission, service.journal
+    """200 when a request sent now would be served or queued. Without a token, where one is needed, no more than who we are."""
+    pool, admission = service.pool, service.admission
     word, reason = status(pool, service.draining, service.problems)
+    body = {"status": word, "nonce": service.nonce, "version": mlxd.__version__}
+    if exchange.access:
+        body |= {"reason": reason} | details(service)
+    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
+
+
+def details(service: Service) -> dict[str, Any]:
+    pool, admission, journal = service.pool, service.admission, service.journal
     clock = pool.clock()
-    body: dict[str, Any] = {
-        "status": word,
-        "reason": reason,
-        "nonce": service.nonce,
-        "version": mlxd.__version__,
+    told: dict[str, Any] = {
         "engines": [described(engine, clock) for engine in pool.present],
         "queue": {"running": admission.running, "waiting": admission.waiting},
         "requests": {"in_hand": len(journal.entries), "oldest_s": round(journal.oldest_s(), 3), "resumed": journal.resumed},
@@ -88,8 +92,8 @@ async def report(service: Service, exchange: Exchange) -> None:
     }
     if fallback := service.fallback:
         trouble = fallback.trouble.sentence if fallback.trouble else None
-        body["fallback"] = {"url": str(fallback.address), "running": fallback.running, "trouble": trouble}
-    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
+        told["fallback"] = {"url": str(fallback.address), "running": fallback.running, "trouble": trouble}
+    return told
 
 
 async def live(service: Service, exchange: Exchange) -> None:
@@ -100,7 +104,8 @@ async def live(service: Service, exchange: Exchange) -> None:
 async def ready(service: Service, exchange: Exchange) -> None:
     """200 when the state is ready or degraded."""
     word, reason = status(service.pool, service.draining, service.problems)
-    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word, "reason": reason})
+    told = {"reason": reason} if exchange.access else {}
+    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word} | told)
 
 
 async def answer(exchange: Exchange, well: bool, body: dict[str, Any]) -> None:

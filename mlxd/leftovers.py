@@ -73,8 +73,8 @@ def sweep(found: list[Leftover], term_s: float, kill_s: float) -> None:
 
 def is_ours(left: Leftover) -> bool:
     """Whether the process with this number is the very one: the same start, and our nonce in its environment. A number alone proves
-    nothing: it is reused."""
-    return start_identity(left.pid) == left.identity and origin(left.pid).get("nonce") == left.nonce
+    nothing: it is reused. 1 and less are never a child's, and a signal to 0, or to the group of 1, goes to many."""
+    return left.pid > 1 and start_identity(left.pid) == left.identity and origin(left.pid).get("nonce") == left.nonce
 
 
 def origin(pid: int) -> dict[str, Any]:

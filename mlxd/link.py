@@ -94,7 +94,7 @@ class Link:
 class ChildSettings(msgspec.Struct, kw_only=True):
     """What the supervisor tells a child in the environment: MLXD_CHILD, one JSON object. Paths are absolute.
 
-    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and `aliases` (its file of them), an
+    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and the files `aliases` and `token`, an
     engine `socket` (where it listens) and `view` (the directory it makes for its private view of a model's files).
     """
 
@@ -106,6 +106,7 @@ class ChildSettings(msgspec.Struct, kw_only=True):
     stack: str
     listen_fds: list[int] = []
     aliases: str = ""
+    token: str = ""
     socket: str = ""
     view: str = ""
 

@@ -73,6 +73,11 @@ class Paths:
         return self.config_dir / "config.toml"
 
     @property
+    def token(self) -> Path:
+        """Who may come in over HTTP; the server reads it."""
+        return self.config_dir / "token"
+
+    @property
     def env_file(self) -> Path:
         return self.config_dir / ".env"
 
@@ -200,12 +205,7 @@ def clear_unfinished(paths: Paths) -> None:
 
 def open_log(path: Path | str) -> int:
     """A descriptor that writes at the end of a log, a regular file, made if need be; no link is followed. Raises OSError."""
-    # A pipe would block whoever opens or writes it, were it not for O_NONBLOCK.
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return fd
+    return open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
 def open_log_anyway(path: Path | str) -> tuple[int, str]:
@@ -228,6 +228,24 @@ def append(path: Path, line: bytes) -> None:
         os.close(fd)
 
 
+def open_own(path: Path | str, flags: int) -> int:
+    """A descriptor of a regular file of ours; no link is followed, nothing else is waited for. Raises OSError."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+        return fd
+    os.close(fd)
+    if stat.S_ISREG(found.st_mode):
+        raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}, not to you", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def read_own(path: Path, limit: int = -1) -> bytes:
+    """A regular file of ours, or its first `limit` bytes. Raises OSError."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return file.read(limit)
+
+
 def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
     """The first `limit` bytes of a regular file of ours, not following a link; None when there is no such file."""
     with opened(path) as file:
@@ -245,15 +263,34 @@ def read_end(path: Path, limit: int) -> bytes:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes] | None]:
-    """A regular file, to be read, not following a link; None when there is no such file."""
+    """A regular file of ours, to be read, not following a link; None when there is no such file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # missing, a link (ELOOP), a socket: nothing to read
-        yield None
-        return
-    if not stat.S_ISREG(os.fstat(fd).st_mode):  # of a directory no file object can be made
-        os.close(fd)
+        fd = open_own(path, os.O_RDONLY)
+    except OSError:  # missing, a link (ELOOP), a socket, another user's: nothing to read
         yield None
         return
     with os.fdopen(fd, "rb") as file:
         yield file
+
+
+def read_private(path: Path, limit: int) -> bytes | None:
+    """What a file for secrets holds; None when there is none. Raises ConfigError when others could read or exchange it."""
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+            mode, data = os.fstat(file.fileno()).st_mode, file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"cannot use {path}: {why}; put a file of your own there and `chmod 600` it, or remove it") from error
+    if mode & 0o077:
+        raise ConfigError(f"others may read {path}: `chmod 600 {path}`, and change what is in it if they could")
+    if len(data) > limit:
+        raise ConfigError(f"{path} is larger than {limit} bytes")
+    return data
+
+
+def remove(path: Path) -> None:
+    """Of a file that is gone, or a directory in its place, nothing is said: the next start looks at it again."""
+    with contextlib.suppress(OSError):
+        path.unlink()

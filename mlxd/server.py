@@ -17,13 +17,14 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from email.utils import formatdate
+from pathlib import Path
 
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, logs, openapi
+from mlxd import guard, health, logs, openapi, tokens
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -182,6 +183,7 @@ class App:
             exchange.headers += guard.PREFLIGHT
             await exchange.reply_empty()
             return
+        exchange.access = guard.admit(scope, service.tokens)
         if service.connections() > MOST_CONNECTIONS and not scope["path"].startswith("/health"):
             exchange.headers.append((b"connection", b"close"))
             raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
@@ -203,6 +205,8 @@ async def refuse(exchange: Exchange, refused: Refused) -> None:
     await asyncio.sleep(0)  # uvicorn itself answers a broken body: from the next turn of the loop on it drops what we send
     if refused.retry_s is not None:
         exchange.headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_s))).encode()))
+    if refused.status == 401:
+        exchange.headers.append((b"www-authenticate", b"Bearer"))
     if refused.hopeless:
         exchange.headers.append((b"x-should-retry", b"false"))
     await exchange.reply(refused.status, error_body(exchange, refused))
@@ -288,6 +292,7 @@ class Process:
         self.settings = settings
         self.link = link
         self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
+        self.service.tokens = tokens.load(Path(settings.token), settings.config)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),
@@ -320,7 +325,7 @@ class Process:
         self.link.send(Hello(PROTOCOL, "server", os.getpid(), mlxd.__version__, self.settings.nonce))
         loop.add_signal_handler(signal.SIGTERM, self.drain, 0.0)
         self.service.policy = guard.local_policy(
-            config.server.origins, config.security.strict_host, on_loopback(config.server.host)
+            config.server.origins, config.security.hosts, config.security.strict_host, config.server.on_loopback
         )
         self.service.connections = lambda: len(self.connections.open)
         sockets = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
@@ -384,12 +389,6 @@ class Process:
             exchange.interrupt(Refused(503, STOPPING, code="stopping", retry_s=1))
         self.http.close_idle()
         self.http.ending.set()
-
-
-def on_loopback(host: str) -> bool:
-    """Whether a bind address ("" is 127.0.0.1 and ::1) is reached from this machine only."""
-    address = guard.literal(host)
-    return host in ("", "localhost") or (address is not None and address.is_loopback)
 
 
 def main() -> None:

@@ -79,20 +79,20 @@ def next_try(s: Supervisor, one: Child) -> str:
 
 
 def sentence(s: Supervisor) -> str:
-    """Of a 503 while no server answers, and for systemd."""
+    """Of a 503 while no server answers, and for systemd; the reason is not for those who may have no token."""
     state, reason = overall(s)
-    return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
+    return f"mlxd is {state}: {reason}" if reason and not s.tokens else f"mlxd is {state}"
 
 
 def health(s: Supervisor) -> dict[str, object]:
     """/health while no server answers."""
     state, reason = overall(s)
-    return {
-        "status": "loading",
+    who: dict[str, object] = {"status": "loading", "nonce": s.nonce, "version": __version__}
+    if s.tokens:
+        return who
+    return who | {
         "state": state,
         "reason": reason,
-        "nonce": s.nonce,
-        "version": __version__,
         "engines": [],
         "queue": {"running": 0, "waiting": 0},
         "memory": None,
@@ -138,6 +138,8 @@ def notes(s: Supervisor) -> Iterator[str]:
         yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
     if s.config.supervisor.keep_awake and s.awake.pid is None and s.awake.tried_at > s.started:
         yield "the machine may fall asleep: `supervisor.keep_awake` needs macOS's caffeinate, which does not run"
+    if not s.config.server.on_loopback:
+        yield f"other machines reach it at {s.config.server.host}, with a token and without encryption"
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
         if others:

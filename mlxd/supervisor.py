@@ -47,6 +47,7 @@ from mlxd import (
     policy,
     status,
     strays,
+    tokens,
 )
 from mlxd.awake import Awake
 from mlxd.boots import Boots
@@ -107,6 +108,7 @@ class Supervisor:
         self,
         where: paths.Paths,
         settings: Config,
+        tokens: str,
         flags: dict[str, Any],
         lock: Lock,
         handed: handover.Handover | None = None,
@@ -114,6 +116,7 @@ class Supervisor:
         self.paths = where
         self.handed = handed  # by the supervisor that this process was before
         self.config = settings
+        self.tokens = tokens  # their stamp, "" while no token is needed
         self.flags = flags
         self.lock = lock
         self.nonce = secrets.token_hex(16)
@@ -244,9 +247,9 @@ class Supervisor:
             timer.cancel()
         self.awake.keep(False, self.loop.time())
         self.remember()
-        self.paths.control.unlink(missing_ok=True)
+        paths.remove(self.paths.control)
         if not any(one.pid is not None for one in self.children()):
-            self.paths.state.unlink(missing_ok=True)
+            paths.remove(self.paths.state)
         self.lock.withdraw()
 
     def say(self, event: str, text: str, one: Child | None = None, end: ExitRecord | None = None) -> None:
@@ -411,6 +414,7 @@ class Supervisor:
             stack=str(self.paths.dump(one.name)),
             listen_fds=[s.fileno() for s in self.port.sockets] if one.kind == "server" else [],
             aliases=str(self.paths.aliases) if one.kind == "server" else "",
+            token=str(self.paths.token) if one.kind == "server" else "",
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
@@ -967,7 +971,8 @@ class Supervisor:
         # Its threads take no signals: a hand-over could not block them there, and a stack dump from there crashes on this running thread.
         with handover.blocked_signals():
             files = monitor.Files(
-                [self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files
+                [self.paths.config, self.paths.env_file, self.paths.token, self.paths.pid_file, self.paths.lock],
+                self.look_at_files,
             )
             try:
                 files.start()
@@ -980,7 +985,7 @@ class Supervisor:
             return
         if changed & {self.paths.pid_file, self.paths.lock}:
             self.lock.mend()
-        if changed & {self.paths.config, self.paths.env_file}:
+        if changed & {self.paths.config, self.paths.env_file, self.paths.token}:
             self.try_reload()
 
     def mind_the_port(self) -> None:
@@ -1110,18 +1115,15 @@ class Supervisor:
         self.handle(one, Event.RENEWED)
         one.ordered = one.alive and one.state in LEAVING
 
-    def load_config(self) -> Config:
-        return load(self.paths, self.flags)
-
     def reload(self, restart: bool = False) -> list[str]:
         """Apply the files as they are now; returns the changed names. Raises MlxdError, and then the old configuration stays.
 
-        A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong; with `restart` the
-        server in any case, and engines that are not of our version, or wait for their next try.
+        A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong that may be right now;
+        with `restart` the server in any case, and engines that are not of our version, or wait for their next try.
         """
         self.notifier.reloading()
         try:
-            new, old = self.load_config(), self.config
+            (new, stamp), old = load(self.paths, self.flags), self.config
             if (new.server.port, new.server.host) != (old.server.port, old.server.host) and not self.obstacle:
                 self.port.move(new.server, old.server.host)
         except MlxdError as error:
@@ -1130,28 +1132,31 @@ class Supervisor:
             raise
         finally:
             self.notifier.ready()
-        self.config, self.config_problem = new, ""
-        changed = differences(old, new)
+        changed = differences(old, new) + (["token"] if stamp != self.tokens else [])
+        mended = bool(self.config_problem)
+        self.config, self.tokens, self.config_problem = new, stamp, ""
         if changed:
             if new.log != old.log:
                 begin_log(self.paths.log("supervisor"), new.log.format)
             self.say("reloaded", f"mlxd: the configuration changed: {', '.join(changed)}")
-        if not changed and not restart:
+        if not (changed or mended or restart):
             return []
         for engine in list(self.engines):
             outdated = engine.pid is None or engine.version not in ("", __version__)
             if config.of_engine(new) != config.of_engine(old) or engine.hold_cause == "fault" or (restart and outdated):
                 self.renew(engine)
         server_held = self.server is not None and self.server.hold_cause == "fault"
-        if config.of_server(new) != config.of_server(old) or server_held or restart:
+        if config.of_server(new) != config.of_server(old) or "token" in changed or server_held or restart:
             self.restart_server()
         self.look_at_holds()
         return changed
 
 
-def load(where: paths.Paths, flags: dict[str, Any]) -> Config:
-    """The configuration as a daemon reads it: its own .env only."""
-    return config.load(where.config, [where.env_file], os.environ, flags).config
+def load(where: paths.Paths, flags: dict[str, Any]) -> tuple[Config, str]:
+    """The configuration as a daemon reads it (its own .env only), and the stamp of the tokens. Raises ConfigError."""
+    settings = config.load(where.config, [where.env_file], os.environ, flags).config
+    found = tokens.load(where.token, settings)
+    return settings, found.stamp if found else ""
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -1200,12 +1205,12 @@ def main(arguments: list[str]) -> int:
             return 0 if handed is not None and handed.settings else 1
         if handed is None:
             paths.prepare(where)
-            settings, lock = load(where, flags), Lock(where)
+            (settings, stamp), lock = load(where, flags), Lock(where)
         else:
-            settings, lock = handed.settings, Lock(where, handed.lock_fd)
+            settings, stamp, lock = handed.settings, handed.tokens, Lock(where, handed.lock_fd)
         begin_log(where.log("supervisor"), settings.log.format)
         link.raise_nofile(8192)
-        return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
+        return asyncio.run(Supervisor(where, settings, stamp, flags, lock, handed).run())
     except AlreadyRunning as running:
         print(running, file=sys.stderr)
         return running.exit_status

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlxd
 from mlxd.errors import Refused
 from mlxd.guard import MAX_BODY_BYTES
+from mlxd.tokens import Access
 from mlxd.uploads import Uploads
 
 Scope = MutableMapping[str, Any]
@@ -40,7 +41,7 @@ class Exchange:
     `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for the log, as far as they are known. `failed`: the
     answer had begun and ended with an error.
     `asked`: the body, if `keeps_body`, for as long as somebody else may have to answer it.
-    `filler`: None while the answer may still get a status of its own, or is no stream."""
+    `access`: what its sender may do. `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
         self.scope = scope
@@ -50,6 +51,7 @@ class Exchange:
         self.received_ns = time.monotonic_ns()
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
+        self.access = Access.NONE
         self.body_bytes = 0
         self.status = 0
         self.model: str | None = None

@@ -22,7 +22,7 @@ from mlxd.models import Model
 
 SSE = b"text/event-stream"
 JSON = b"application/json"
-ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+ERROR_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 404: "not_found_error"}
 #: OpenAI's own, for /v1/completions.
 DEFAULT_MAX_TOKENS = 16
 #: Prompts of /v1/completions times `n`.

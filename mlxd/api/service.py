@@ -27,6 +27,7 @@ from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
+from mlxd.tokens import Tokens
 from mlxd.uploads import Uploads
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Service:
         self.journal = Journal(server.poison_s)
         self.store = Store()
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
-        self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
+        self.policy = guard.Policy(tuple(server.origins), strict_host=config.security.strict_host)
+        self.tokens: Tokens | None = None
         self.exchanges: set[Exchange] = set()
         self.uploads = Uploads(server.upload_bytes, server.body_s)
         self.rate_limit = RateLimit(config.rate_limit.max, config.rate_limit.window_s)

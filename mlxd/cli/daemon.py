@@ -205,11 +205,12 @@ def await_the_end_of_a_stop(where: paths.Paths) -> None:
 
 def validate(where: paths.Paths, flags: list[str], environ: Mapping[str, str] = os.environ) -> None:
     """Refuse here, in this terminal, what the daemon would refuse. Raises ConfigError."""
-    from mlxd import config
+    from mlxd import config, tokens
 
     paths.prepare(where)
     pairs = [flag.partition("=") for flag in flags[1::2]]
-    config.load(where.config, [where.env_file], environ, {name: json.loads(value) for name, _, value in pairs})
+    found = config.load(where.config, [where.env_file], environ, {name: json.loads(value) for name, _, value in pairs})
+    tokens.load(where.token, found.config)
 
 
 def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
@@ -285,5 +286,6 @@ def greet(told: dict[str, Any]) -> None:
         f"model  {name}" + ("  (a built-in self-test and demo; put MLX models into ~/mlx-models)" if name == "mlxd-tiny" else "")
     )
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is mlxd?"}]})
-    click.echo(f"try    curl {told['url']}/api/chat -d '{body}'")
+    header = " -H 'Authorization: Bearer TOKEN'" if paths.locate().token.exists() else ""
+    click.echo(f"try    curl {told['url']}/api/chat{header} -d '{body}'")
     click.echo(f"stop   {our_name()} stop")
