@@ -134,10 +134,13 @@ class Ollama(Section, frozen=True):
 
 
 class Recovery(Section, frozen=True):
-    """Deadlines of `mlxd recover`. `silent_s`: a supervisor that answers nobody for so long is ended."""
+    """`silent_s`: a supervisor that answers nobody for so long is ended. `settle_s`: what was restarted answers by then. The counts: of one
+    service within an hour, by `mlxd recover` and by `mlxd monitor`."""
 
     silent_s: Seconds = 30.0
-    settle_s: Seconds = 30.0  # what was restarted answers by then
+    settle_s: Seconds = 30.0
+    max_actions: Count = 3
+    max_restarts: Count = 5
 
 
 class Config(Section, frozen=True):
@@ -160,7 +163,7 @@ class Service(Section, frozen=True):
     url: str
     owner: Annotated[str, Meta(pattern=r"^(systemd|launchd|brew|app):[A-Za-z0-9@][A-Za-z0-9@:._ -]*$")] | None = None
     command: Annotated[list[str], Meta(min_length=1)] | None = None
-    max_actions: Count | None = None  # in an hour; None: 3, of `mlxd monitor` 5
+    max_actions: Count | None = None  # in an hour; None: as of the others
 
 
 def of_server(config: Config) -> object:

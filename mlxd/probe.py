@@ -5,10 +5,11 @@ Standard library only, and little of that: `mlxd status` and programs that impor
 
 from __future__ import annotations
 
+import json
 import socket
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 BODY_BYTES = 64 * 1024
@@ -24,6 +25,37 @@ class Reply:
     body: bytes
     seconds: float
 
+    @property
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object; {} when it is none."""
+        try:
+            found = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+WELL = ("ready", "degraded", "up")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found of a service. `state`: a word of WELL, what a restart may mend (`recovery.MENDABLE`), `stranger`, or the supervisor's own.
+    `seconds`: the answer took; None without one. `supervised`: the supervisor answers, and repairs. `advice`: where no owner can help."""
+
+    state: str
+    reason: str = ""
+    seconds: float | None = None
+    supervised: bool = False
+    advice: str = ""
+    version: str | None = None
+    models: list[str] = field(default_factory=list)
+    memory_bytes: int | None = None
+
+    @property
+    def well(self) -> bool:
+        return self.state in WELL
+
 
 class NoReply(Exception):
     """`how`: nobody listens (`down`), it accepts and does not answer in time (`hung`), it ends the connection or speaks no HTTP (`garbled`)."""
@@ -37,10 +69,9 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
     """GET, or POST of a JSON `body`. Raises NoReply."""
     parts = urlsplit(url)
     assert parts.hostname is not None
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     start = time.monotonic()
     try:
-        sock = socket.create_connection((parts.hostname, port), timeout=limit_s)
+        sock = socket.create_connection((parts.hostname, port_of(url)), timeout=limit_s)
     except TimeoutError as error:
         raise NoReply("hung", f"no connection within {limit_s:g} s") from error
     except OSError as error:
@@ -64,6 +95,11 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
     finally:
         sock.close()
     return parse(data, time.monotonic() - start)
+
+
+def port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def receive(sock: socket.socket, end: float) -> bytes:

@@ -20,6 +20,7 @@ from mlxd.errors import MlxdError
 GROUPS = {
     "Run it": {"start": "daemon", "stop": "daemon", "restart": "daemon", "reload": "daemon", "run": "daemon"},
     "Look at it": {"status": "look", "logs": "look"},
+    "Keep it up": {"check": "services", "recover": "services", "monitor": "services"},
     "Use it": {"env": "services"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
