@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
 
+from mlxd.endpoint import OLLAMA, base_url, checked_url
 from mlxd.errors import ConfigError
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -148,18 +148,32 @@ class Events(Section, frozen=True):
     limit_s: Seconds = 10.0
 
 
-class Ollama(Section, frozen=True):
-    """Ollama, which may run beside mlxd."""
-
-    url: str = "http://localhost:11434"
-
-
 class Fallback(Section, frozen=True):
     """Ollama answers for models that it has and mlxd has not. `models`: a model of mlxd's -> the one of Ollama's that answers in its place
     while it cannot be loaded."""
 
     ollama: bool = False
     models: dict[str, str] = {}
+
+
+class Ollama(Section, frozen=True):
+    """The neighbour. `wanted`: `mlxd check` minds whether it is up; so it does with `recover`, by which `mlxd recover` may repair it.
+    `probe`: a token of a model that it has loaded is asked for, too."""
+
+    url: str = OLLAMA
+    recover: bool = False
+    wanted: bool = False
+    probe: bool = False
+
+
+class Recovery(Section, frozen=True):
+    """`silent_s`: a supervisor that answers nobody for so long is ended. `settle_s`: what was restarted answers by then. The counts: of one
+    service within an hour, by `mlxd recover` and by `mlxd monitor`."""
+
+    silent_s: Seconds = 30.0
+    settle_s: Seconds = 30.0
+    max_actions: Count = 3
+    max_restarts: Count = 5
 
 
 class Config(Section, frozen=True):
@@ -174,6 +188,18 @@ class Config(Section, frozen=True):
     events: Events = Events()
     ollama: Ollama = Ollama()
     fallback: Fallback = Fallback()
+    recovery: Recovery = Recovery()
+
+
+class Service(Section, frozen=True):
+    """One of `[[services]]`: something else that is to be up. `url` answers with a status below 300 when it is. `owner`: who restarts it
+    ("systemd:NAME", "launchd:LABEL", "brew:NAME", "app:NAME"), or `command` does; neither: it is only looked at."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    url: str
+    owner: Annotated[str, Meta(pattern=r"^(systemd|launchd|brew|app):[A-Za-z0-9@][A-Za-z0-9@:._ -]*$")] | None = None
+    command: Annotated[list[str], Meta(min_length=1)] | None = None
+    max_actions: Count | None = None  # in an hour; None: as of the others
 
 
 def of_server(config: Config) -> object:
@@ -256,6 +282,8 @@ def load(
         for name in sorted(known.keys() & values.keys(), key=lambda n: n in NAMES):
             place = name if source == "environment" else f"{name} in {source}"
             section, key = known[name]
+            if name == "OLLAMA_URL" and not values[name].strip():
+                continue
             put(section, key, from_text(section, key, values[name], place), place)
     for dotted, value in (flags or {}).items():
         section, key = dotted.split(".")
@@ -263,27 +291,18 @@ def load(
     settings = build(tree, sources)
     check_host(settings.server.host, sources.get("server.host", ""))
     check_command(settings.events.on_event, sources.get("events.on_event", ""))
-    if settings.fallback.ollama:
-        check_url(settings.ollama.url, sources.get("ollama.url", ""))
+    base_url(settings.ollama.url, sources.get("ollama.url", ""))
     return Loaded(settings, sources)
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of config.toml, checked for unknown names; {} without a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    """The sections of config.toml, checked for unknown names; {} without a file."""
+    tables = parse_toml(path)
+    to_services(path, tables.pop("services", []))
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
     for section, keys in tables.items():
         if section not in sections:
-            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, [*sections, 'services'])}")
         if not isinstance(keys, dict):
             raise ConfigError(f"{path}: {section} is a section: write [{section}] and its settings below it")
         known = [field.name for field in msgspec.structs.fields(sections[section])]
@@ -291,6 +310,47 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             if key not in known:
                 raise ConfigError(f"{path}: unknown setting {section}.{key}{nearest(key, known, section + '.')}")
     return tables
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_services(path: Path) -> list[Service]:
+    """The `[[services]]` of config.toml. Raises ConfigError. The daemon has no use for them."""
+    return to_services(path, parse_toml(path).get("services", []))
+
+
+def to_services(path: Path, tables: Any) -> list[Service]:
+    if not isinstance(tables, list):
+        raise ConfigError(f"{path}: services is a list: write [[services]] above each")
+    known = [field.name for field in msgspec.structs.fields(Service)]
+    services: list[Service] = []
+    for number, table in enumerate(tables, 1):
+        for key in table if isinstance(table, dict) else ():
+            if key not in known:
+                raise ConfigError(f"{path}: service {number}: unknown setting {key}{nearest(key, known)}")
+        try:
+            one = msgspec.convert(table, Service)
+        except msgspec.ValidationError as error:
+            sentence, _, where = str(error).partition(" - at `$.")
+            raise ConfigError(f"{path}: service {number}: {where.rstrip('`')} {sentence[0].lower()}{sentence[1:]}") from error
+        checked_url(one.url, f"{path}: service {number}: url")
+        if one.name in ("mlx", "ollama", *(other.name for other in services)):
+            raise ConfigError(f"{path}: service {number}: there is a service {one.name} already; choose another name")
+        if one.owner and one.command:
+            raise ConfigError(f"{path}: service {number}: either owner or command restarts it, not both")
+        services.append(one)
+    return services
 
 
 def nearest(name: str, known: Any, prefix: str = "") -> str:
@@ -352,17 +412,6 @@ def check_command(command: str, place: str) -> None:
         shlex.split(command)
     except ValueError as error:
         raise ConfigError(f"{place} is no command: {str(error).lower()} in {command!r}") from None
-
-
-def check_url(url: str, place: str) -> None:
-    """Raises ConfigError unless `url` is the address of a server of HTTP."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
-        good = False
-    if not good or not url.isascii() or parts.query or parts.fragment:
-        raise ConfigError(f"{place} must be an address such as http://localhost:11434, not {url!r}")
 
 
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:

@@ -80,7 +80,7 @@ class Address(NamedTuple):
 
 
 def address(url: str) -> Address:
-    """Of a URL that config.check_url has passed."""
+    """Of a URL that endpoint.base_url has passed."""
     parts = urlsplit(url)
     tls = parts.scheme == "https"
     return Address(parts.hostname or "", parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"))

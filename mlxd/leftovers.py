@@ -35,11 +35,63 @@ class Leftover(msgspec.Struct):
     name: str
 
 
+class Process(msgspec.Struct, frozen=True):
+    """One process for ever: its number, its start (see `start_identity`) and its boot."""
+
+    pid: int
+    identity: float
+    boot: str
+
+
 class Memory(msgspec.Struct):
     """state.json."""
 
     boot: str
     children: list[Leftover]
+    supervisor: Process | None = None
+
+
+def memory_of(children: list[Leftover], boot: str) -> bytes:
+    """state.json: for the next supervisor, in case this one is killed, and for `mlxd recover`, in case it hangs."""
+    identity = start_identity(os.getpid())
+    supervisor = Process(os.getpid(), identity, boot) if identity is not None else None
+    return msgspec.json.encode(Memory(boot, children, supervisor))
+
+
+def supervisor_of(where: paths.Paths) -> Process | None:
+    """The supervisor that wrote state.json, if it still lives."""
+    try:
+        memory = msgspec.json.decode(paths.read_small(where.state, 1024 * 1024) or b"", type=Memory)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return memory.supervisor if memory.supervisor is not None and lives(memory.supervisor) else None
+
+
+def process_of(pid: int) -> Process | None:
+    """None when there is none."""
+    identity = start_identity(pid)
+    return Process(pid, identity, boot_id()) if identity is not None else None
+
+
+def lives(process: Process) -> bool:
+    return process_of(process.pid) == process
+
+
+def end(process: Process, term_s: float, kill_s: float) -> bool:
+    """TERM, then KILL, to this one and no other; whether it has ended. Blocks."""
+    for number, patience_s in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if lives(process):
+                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGCONT)
+        end = time.monotonic() + patience_s
+        while lives(process):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def recall(where: paths.Paths, boot: str) -> list[Leftover]:

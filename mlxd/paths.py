@@ -61,6 +61,16 @@ class Paths:
         return self.home / "aliases.json"
 
     @property
+    def recovery(self) -> Path:
+        """What `mlxd recover` did, and when."""
+        return self.home / "recovery.json"
+
+    @property
+    def recovery_lock(self) -> Path:
+        """Held while something is repaired."""
+        return self.home / "recovery.lock"
+
+    @property
     def exits(self) -> Path:
         return self.home / "exits.jsonl"
 
@@ -94,7 +104,7 @@ class Paths:
         return self.run / f"engine-{slot}.sock"
 
     def log(self, name: str) -> Path:
-        """`name`: supervisor, server or engine-N."""
+        """`name`: supervisor, server, engine-N or recovery."""
         return self.logs / f"{name}.log"
 
     def dump(self, name: str) -> Path:

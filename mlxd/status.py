@@ -127,6 +127,7 @@ def report(s: Supervisor) -> dict[str, Any]:
         "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),
         "control": str(s.paths.control),
+        "ollama": {"url": s.config.ollama.url.rstrip("/")},
     }
 
 

@@ -26,7 +26,6 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 
 from mlxd import (
@@ -1000,7 +999,7 @@ class Supervisor:
     def remember(self) -> None:
         """Let the next supervisor find what we leave behind if we are killed."""
         left = [found for one in self.children() if (found := one.leftover(self.nonce)) is not None]
-        self.papers.write(self.paths.state, msgspec.json.encode(leftovers.Memory(self.boot, left)))
+        self.papers.write(self.paths.state, leftovers.memory_of(left, self.boot))
 
     def sweep(self) -> None:
         """End what an earlier run left behind, if it is provably ours; what is not is waited for, since it may hold a model's memory."""

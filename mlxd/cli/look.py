@@ -23,6 +23,8 @@ STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
 NOT_READY = 4
 #: Of a line that is followed: there is output that never ends one.
 MOST_LINE_BYTES = 64 * 1024
+#: Of each question to Ollama: `mlxd status` is quick, whatever Ollama is.
+OLLAMA_S = 0.05
 
 
 @click.command()
@@ -38,6 +40,9 @@ def status(ctx: click.Context, json_: bool) -> None:
         told = control.ask(where.control, "status")
     except NotRunning as error:
         told = {"state": "stopped", "reason": str(error), "last_exit": last_exit(where)}
+    else:
+        if "ollama" in told:  # else the supervisor is of an earlier version
+            told["ollama"] = neighbour(told["ollama"]["url"])
     if json_:
         click.echo(json.dumps(told))
     else:
@@ -83,6 +88,15 @@ def events(follow: bool, lines: int, json_: bool) -> None:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------------------
+
+
+def neighbour(url: str) -> dict[str, Any]:
+    """How Ollama does, as far as it says so at once."""
+    from mlxd import ollama
+
+    found = ollama.look(url, OLLAMA_S)
+    state = "slow" if found.state in ("hung", "wedged") else found.state
+    return {"url": url, "state": state, "version": found.version, "models": found.models, "memory_bytes": found.memory_bytes}
 
 
 def last_exit(where: paths.Paths) -> Any:
