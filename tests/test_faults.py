@@ -631,6 +631,7 @@ def test_on_a_full_disk_the_server_serves_and_engines_come_back_when_there_is_ro
         question, answer = next(iter(KNOWN.items()))
         assert chat(before["port"], question)["message"]["content"] == answer
         os.kill(before["server"]["pid"], signal.SIGKILL)
+        d.until("another", lambda s: s["state"] == "ready" and s["server"]["pid"] not in (None, before["server"]["pid"]))
         assert d.get("/api/tags")[0] == 200
         os.kill(engine_of(d.ready(), BUILTIN)["pid"], signal.SIGKILL)
         told = d.until("a word for it", lambda s: s["state"] == "degraded" and "died (disk)" in s["reason"] and s["notes"])
@@ -649,13 +650,8 @@ def test_on_a_full_disk_the_server_serves_and_engines_come_back_when_there_is_ro
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["run/control.sock", "mlxd.pid", "mlxd.lock", "run/lease", "state.json", "exits.jsonl", "loading.json"]
-)
-@pytest.mark.parametrize("what", ["file", "socket", "directory"])
-def test_whatever_lies_in_the_place_of_a_file_is_replaced_or_named(daemon: Make, home: Path, name: str, what: str) -> None:
-    d = daemon()
-    place = home / name
+def put(place: Path, what: str) -> None:
+    """Something that mlxd has not made, where it keeps a file."""
     place.parent.mkdir(mode=0o700, exist_ok=True)
     if what == "file":
         place.write_text("what is this?")
@@ -664,16 +660,40 @@ def test_whatever_lies_in_the_place_of_a_file_is_replaced_or_named(daemon: Make,
     else:
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(place))
-    process = d.run()
-    eventually(lambda: process.poll() is not None or d.status().get("state") in ("ready", "held"), "a word", d.history)
-    if process.poll() is not None:
-        said = process.communicate()[1].decode()
+
+
+@pytest.mark.parametrize("what", ["file", "socket", "directory"])
+def test_whatever_lies_in_the_place_of_a_file_is_replaced_or_does_not_matter(daemon: Make, home: Path, what: str) -> None:
+    for name in ("mlxd.pid", "state.json", "exits.jsonl", "loading.json"):
+        put(home / name, what)
+    if what != "directory":
+        put(home / "run/control.sock", what)
+    d = daemon(server="--want a:latest")
+    d.start()
+    d.ready()
+    assert (what == "directory") == bool([note for note in d.status()["notes"] if "Is a directory" in note])
+
+
+def test_a_directory_in_the_place_of_the_lock_or_the_control_socket_is_exit_78_and_named(daemon: Make, home: Path) -> None:
+    for name in ("run/control.sock", "mlxd.lock"):
+        put(home / name, "directory")
+        d = daemon()
+        process = d.run()
+        said = process.communicate(timeout=60)[1].decode()
         assert process.returncode == 78 and said.startswith("Error: cannot ") and said.count("\n") == 1, said
-        assert str(place) in said and not d.paths.pid_file.exists()
-    elif (told := d.status())["state"] == "held":
-        assert told["reason"].startswith(f"cannot open {place}: ")
-        place.rmdir() if what == "directory" else place.unlink()
-        d.ready()
+        assert f"{home / name}: " in said and said.endswith("; remove what is there\n") and not d.paths.pid_file.exists()
+        (home / name).rmdir()
+
+
+@pytest.mark.parametrize("what", ["socket", "directory"])
+def test_what_lies_in_the_place_of_the_lease_is_named_and_waited_for(daemon: Make, home: Path, what: str) -> None:
+    put(home / "run/lease", what)
+    d = daemon()
+    d.start()
+    told = d.until("held", lambda s: s["state"] == "held")
+    assert told["reason"].startswith(f"cannot open {home}/run/lease: ") and told["reason"].endswith("; remove what is there")
+    (home / "run/lease").rmdir() if what == "directory" else (home / "run/lease").unlink()
+    d.ready()
 
 
 #: Writes one of two states again and again, until it is killed.
