@@ -101,11 +101,12 @@ def neighbour(url: str) -> dict[str, Any]:
 
 def last_exit(where: paths.Paths) -> Any:
     """The newest exit record on disk; None when there is none."""
-    lines = (paths.read_small(where.exits, 4 * 1024 * 1024) or b"").splitlines()
-    try:
-        return json.loads(lines[-1]) if lines else None
-    except ValueError:
-        return None
+    import msgspec
+
+    from mlxd import exits
+
+    records = exits.read(where.exits)
+    return msgspec.to_builtins(records[-1]) if records else None
 
 
 def show(lines: list[bytes], files: list[Path], form: Callable[[bytes], str]) -> None:
