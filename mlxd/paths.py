@@ -189,7 +189,8 @@ def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:  # missing, a link (ELOOP), a directory's or a socket's own refusals: nothing to read
         return None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # looked at first: fdopen raises for a directory, and leaves it open
+        os.close(fd)
+        return None
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
         return file.read(limit)
