@@ -145,13 +145,12 @@ class Mlx:
     def under(self, told: dict[str, Any]) -> Look:
         """The supervisor answers."""
         self.address, state, reason = told["url"], told["state"], told["reason"] or ""
-        limit_s = self.settings.health.max_time_s
+        advice = "it waits for that to end" if state == "held" else ""
         try:
-            reply = probe.fetch(f"{self.address}/health", limit_s)
+            reply = probe.fetch(f"{self.address}/health", self.settings.health.max_time_s)
         except probe.NoReply as no:
-            how = no.how if state in WELL else state
-            return Look(how, reason or str(no), supervised=True)
-        return Look(state, reason, reply.seconds, supervised=True, advice="it waits for that to end" if state == "held" else "")
+            return Look(no.how if state in WELL else state, reason or str(no), supervised=True, advice=advice)
+        return Look(state, reason, reply.seconds, supervised=True, advice=advice)
 
     def without_supervisor(self) -> Look:
         """The port may be a stranger's, or a child's of a supervisor that was killed: those have 5 s to end, and the next start ends them."""

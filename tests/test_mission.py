@@ -21,6 +21,8 @@ from neighbours import Neighbour, free_port, neighbour
 from mlxd import endpoint
 
 __all__ = ["neighbour"]
+#: They share two daemons.
+pytestmark = pytest.mark.xdist_group("mission")
 
 
 @pytest.fixture(scope="module")
