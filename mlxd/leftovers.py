@@ -145,6 +145,8 @@ def take_lease(where: paths.Paths, patience_s: float) -> int:
         return lock.flocked(where.lease, patience_s)
     except BlockingIOError:
         raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
+    except OSError as error:
+        raise MlxdError(f"cannot open {where.lease}: {error.strerror}; remove what is there") from error
 
 
 def start_identity(pid: int) -> float | None:

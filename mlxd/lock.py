@@ -46,6 +46,8 @@ class Lock:
         except BlockingIOError as error:
             text = (paths.read_small(where.pid_file, 32) or b"").decode(errors="replace").strip()
             raise AlreadyRunning(f"already running, pid {text or 'unknown'}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot open {where.lock}: {error.strerror}; remove what is there") from error
 
     def show(self) -> None:
         """Write the PID file."""
@@ -59,9 +61,7 @@ class Lock:
             self.show()
         if not same_file(self.fd, self.paths.lock):
             log.warning("the lock file was removed; it is put back")
-            with contextlib.suppress(
-                OSError, ConfigError
-            ):  # the old one stays locked; whoever starts meanwhile is refused by the handshake
+            with contextlib.suppress(OSError):  # the old one stays locked; whoever starts meanwhile is refused by the handshake
                 self.fd = flocked(self.paths.lock)
 
     def withdraw(self) -> None:
@@ -71,12 +71,8 @@ class Lock:
 
 
 def flocked(path: Path, patience_s: float = 0.0) -> int:
-    """`path`, made if need be, open and locked. Blocks; raises BlockingIOError when another holds it for `patience_s`, ConfigError when it
-    cannot be opened."""
-    try:
-        fd = paths.open_own(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:
-        raise ConfigError(f"cannot open {path}: {error.strerror}; remove what is there") from error
+    """`path`, made if need be, open and locked. Blocks; raises BlockingIOError when another holds it for `patience_s`, OSError."""
+    fd = paths.open_own(path, os.O_RDWR | os.O_CREAT)
     end = time.monotonic() + patience_s
     while True:
         try:

@@ -37,7 +37,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Da
             port = str(free_port())
             common = {
                 "MLX_API_PORT": port,
-                "MLX_MODELS_DIR": str(home),
+                "MLX_MODELS_DIR": str(home / "models"),
                 "HF_HOME": str(home),
                 "MLXD_SUPERVISOR_SPARE_BYTES": NO_SPARE,
             }

@@ -120,7 +120,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_building_the_wheel_elsewhere_and_later_gives_the_same_file(wheel: Path, tmp_path: Path) -> None:
     tree = tmp_path / "elsewhere"
-    shutil.copytree(ROOT / "mlxd", tree / "mlxd", copy_function=shutil.copyfile)  # with today's times
+    for name in ("mlxd", "launchd", "systemd"):
+        shutil.copytree(ROOT / name, tree / name, copy_function=shutil.copyfile)  # with today's times
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copyfile(ROOT / name, tree / name)
     again = build_wheel(tmp_path, tree)
