@@ -59,9 +59,8 @@ class Lock:
             self.show()
         if not same_file(self.fd, self.paths.lock):
             log.warning("the lock file was removed; it is put back")
-            with contextlib.suppress(
-                OSError, ConfigError
-            ):  # the old one stays locked; whoever starts meanwhile is refused by the handshake
+            # If not, the old one stays locked, and whoever starts meanwhile is refused by the handshake.
+            with contextlib.suppress(OSError, ConfigError):
                 self.fd = flocked(self.paths.lock)
 
     def withdraw(self) -> None:

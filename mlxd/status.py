@@ -134,7 +134,7 @@ def notes(s: Supervisor) -> Iterator[str]:
     """What is worth knowing and no problem of those who ask."""
     if s.papers.problem:
         yield s.papers.problem
-    for stray in s.left_behind():
+    for stray in s.left_behind(age_s=1.0):  # who waits for `ready` asks 20 times a second
         yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
