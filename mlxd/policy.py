@@ -223,8 +223,7 @@ class Death:
     `wanted`: its owner still wants one. `ordered`: mlxd ended it for reasons that are not its fault. `unfit`: it said, or its exit status
     says, that it would fail the same way again. `productive`: since READY it finished a request or emitted 16 tokens.
     `pressure`: there is evidence that memory ran out. `outside`: KILL or TERM came from somebody else, without such evidence, or the system had
-    no room to start it. `rest_s`: the
-    next try is not before.
+    no room to start it. `rest_s`: the next try is not before.
     """
 
     wanted: bool = True

@@ -135,7 +135,7 @@ def notes(s: Supervisor) -> Iterator[str]:
     """What is worth knowing and no problem of those who ask."""
     if s.papers.problem:
         yield s.papers.problem
-    for stray in s.left_behind():
+    for stray in s.left_behind(age_s=1.0):  # who waits for `ready` asks 20 times a second
         yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
     if s.config.supervisor.keep_awake and s.awake.pid is None and s.awake.tried_at > s.started:
         yield "the machine may fall asleep: `supervisor.keep_awake` needs macOS's caffeinate, which does not run"

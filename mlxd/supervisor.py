@@ -150,6 +150,8 @@ class Supervisor:
         self.answer = monitor.Answer.OURS  # to the last poll
         self.flapped_at = float("-inf")  # when a server was last replaced because it answered now and then
         self.terminal = False  # whether we shall end with one
+        self.strays: list[strays.Stray] = []  # when last looked for
+        self.strays_at = float("-inf")
         self.strays_due: asyncio.TimerHandle | None = None
         self.processes = child.processes()  # of the machine; the fewest that were seen
         self.ticks = 0
@@ -481,9 +483,13 @@ class Supervisor:
             one.alive = False
             self.keep(self.bury(one, status))
 
-    def left_behind(self) -> list[strays.Stray]:
-        """Processes that our children left to us."""
-        return strays.find(self.nonce, {*self.awaited, *(one.pid for one in self.children() if one.pid is not None)})
+    def left_behind(self, age_s: float = 0.0) -> list[strays.Stray]:
+        """Processes that our children left to us, as they were at most so long ago."""
+        now = self.loop.time()
+        if now - self.strays_at >= age_s:
+            known = {*self.awaited, *(one.pid for one in self.children() if one.pid is not None)}
+            self.strays, self.strays_at = strays.find(self.nonce, known), now
+        return self.strays
 
     def kill_strays(self) -> int:
         """What a child left behind ends with it; the number of those that have not ended yet."""
