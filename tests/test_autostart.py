@@ -101,6 +101,7 @@ def test_systemd_gets_a_foreground_command_that_speaks_to_it() -> None:
     assert keys["ExecStart"] == [f'"{sys.executable}" -m mlxd run'] and keys["ExecReload"] == [f'"{sys.executable}" -m mlxd reload']
     expected = {"Type": "notify", "NotifyAccess": "main", "WatchdogSec": "60", "TimeoutAbortSec": "10", "KillMode": "mixed"}
     expected |= {"OOMPolicy": "continue", "UMask": "0077", "WantedBy": "default.target", "NoNewPrivileges": "yes"}
+    expected |= {"RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK"}
     assert {key: keys[key] for key in expected} == {key: [value] for key, value in expected.items()}
     assert '"MLX_API_PORT=11500"' in keys["Environment"]
     assert unit("mlxd-recover.service")["ExecStart"] == [f'"{sys.executable}" -m mlxd recover']
@@ -299,88 +300,6 @@ def test_the_command_and_the_environment_of_the_plist_come_up_ready_on_their_por
     assert eventually(d.status, "an answer", d.history)["port"] == port
     d.ready()
     assert http(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")[0] == 200
-
-
-# --- a real systemd ---------------------------------------------------------------------------------------------------------------
-
-#: A user manager wants /run/systemd/system, which a container lacks: it gets a /run of its own.
-USER_MANAGER = """
-mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system && mkdir -m 700 /run/u || exit 99
-export XDG_RUNTIME_DIR=/run/u SYSTEMD_LOG_TARGET=console
-/usr/lib/systemd/systemd --user >$HOME/systemd.log 2>&1 & manager=$!
-until_ok() { for _ in $(seq 300); do eval "$1" && return; sleep 0.1; done; echo "never: $1"; return 1; }
-until_ok 'test -S /run/u/systemd/private' || exit 99
-mlxd() { "$PYTHON" -m mlxd "$@"; }
-show() { systemctl --user show mlxd --value --property="$1"; }
-"""
-CAN = os.geteuid() == 0 and shutil.which("unshare") and Path("/usr/lib/systemd/systemd").exists()
-REAL = pytest.mark.skipif(not CAN, reason="no systemd user manager can be started here: that takes root, unshare and systemd")
-
-
-def under_systemd(d: Daemon, script: str) -> str:
-    environ = d.environ | {"PYTHON": sys.executable}
-    command = [
-        "unshare",
-        "--mount",
-        "--propagation",
-        "private",
-        "bash",
-        "-c",
-        f"{USER_MANAGER}{script}\nkill $manager; wait $manager",
-    ]
-    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
-    if ran.returncode == 99:
-        pytest.skip(f"no systemd user manager can be started here: {ran.stderr}")
-    return ran.stdout + ran.stderr
-
-
-@REAL
-def test_a_real_systemd_starts_it_again_and_leaves_a_stopped_one_alone(daemon: Callable[..., Daemon], home: Path) -> None:
-    d = daemon(server=None, engine=None, MLX_MODELS_DIR=str(home / "models"), HF_HOME=str(home / "hub"), HOME=str(home))
-    d.environ.pop("XDG_CONFIG_HOME", None)
-    # The engine works under the hardening of the system unit, too. The tests live in /tmp, which a private one would hide.
-    hardened = autostart.unit("mlxd-hardened.conf", {"ACCOUNT": "", "WRITABLE": str(home)}) + b"PrivateTmp=no\n"
-    (home / ".config/systemd/user/mlxd.service.d").mkdir(parents=True)
-    (home / ".config/systemd/user/mlxd.service.d/hardened.conf").write_bytes(hardened)
-    said = under_systemd(
-        d,
-        """
-        mlxd autostart install >/dev/null || echo "not installed"
-        until_ok 'test "$(show StatusText)" = "mlxd is ready"'
-        first=$(show MainPID); kill -9 $first
-        until_ok 'test "$(show NRestarts)" = 1 && test "$(show StatusText)" = "mlxd is ready"'
-        test $first != $(show MainPID) && echo "another pid"
-        mlxd reload; systemctl --user reload mlxd && echo "reloaded"
-        mlxd stop >/dev/null && echo "stopped: $(show ActiveState) $(show Result)"
-        mlxd start >/dev/null && echo "started: $(show ActiveState)"
-        mlxd autostart status --json
-        mlxd uninstall --yes
-        echo "left: $(show LoadState)"
-        """,
-    )
-    lines = said.splitlines()
-    assert lines[:4] == ["another pid", "nothing changed", "reloaded", "stopped: inactive success"], said
-    assert lines[4] == "started: active" and json.loads(lines[5])["enabled"] is True, said
-    assert lines[6].startswith("uninstalled") and lines[7] == "left: not-found", said
-
-
-@REAL
-def test_a_real_systemd_never_gives_up_a_mlxd_that_fails_at_once(daemon: Callable[..., Daemon], home: Path) -> None:
-    d = daemon(HOME=str(home))
-    directory = home / ".config/systemd/user"
-    (directory / "mlxd.service.d").mkdir(parents=True)
-    (directory / Systemd.mlxd).write_bytes(files(Systemd(), d.environ)[Systemd.mlxd])
-    quick = "[Service]\nExecStart=\nExecStart=/bin/sh -c 'exit 1'\nRestartSec=10ms\nRestartSteps=0\n"
-    (directory / "mlxd.service.d/quick.conf").write_text(quick)
-    said = under_systemd(
-        d,
-        """
-        systemctl --user daemon-reload; systemctl --user start --no-block mlxd
-        until_ok 'test "$(show NRestarts)" -ge 20'
-        echo "$(show ActiveState) $(show Result)"
-        """,
-    )
-    assert said.splitlines()[-1] in ("activating exit-code", "activating success"), said
 
 
 # --- uninstall --------------------------------------------------------------------------------------------------------------------
