@@ -101,6 +101,7 @@ def test_systemd_gets_a_foreground_command_that_speaks_to_it() -> None:
     assert keys["ExecStart"] == [f'"{sys.executable}" -m mlxd run'] and keys["ExecReload"] == [f'"{sys.executable}" -m mlxd reload']
     expected = {"Type": "notify", "NotifyAccess": "main", "WatchdogSec": "60", "TimeoutAbortSec": "10", "KillMode": "mixed"}
     expected |= {"OOMPolicy": "continue", "UMask": "0077", "WantedBy": "default.target", "NoNewPrivileges": "yes"}
+    expected |= {"RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6 AF_NETLINK"}
     assert {key: keys[key] for key in expected} == {key: [value] for key, value in expected.items()}
     assert '"MLX_API_PORT=11500"' in keys["Environment"]
     assert unit("mlxd-recover.service")["ExecStart"] == [f'"{sys.executable}" -m mlxd recover']
