@@ -29,11 +29,12 @@ def become_subreaper() -> None:
 
 @dataclass(frozen=True)
 class Stray:
-    """`origin`: the name of the child that it descends from."""
+    """`origin`: the name of the child that it descends from. `began`: see `leftovers.start_identity`."""
 
     pid: int
     name: str
     origin: str
+    began: float
 
     def kill(self) -> None:
         """It, and its group if that is its own: the number is that of a process of ours which we have not reaped."""
@@ -50,5 +51,6 @@ def find(nonce: str, known: Container[int]) -> list[Stray]:
     for process in psutil.Process().children():
         if process.pid not in known and (settings := leftovers.origin(process.pid)).get("nonce") == nonce:
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(Stray(process.pid, process.name(), Path(str(settings.get("log"))).stem))
+                began = leftovers.start_identity(process.pid) or 0.0
+                found.append(Stray(process.pid, process.name(), Path(str(settings.get("log"))).stem, began))
     return found

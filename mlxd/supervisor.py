@@ -494,8 +494,9 @@ class Supervisor:
     def kill_strays(self) -> int:
         """What a child left behind ends with it; the number of those that have not ended yet."""
         self.strays_due = None
-        living = {one.name for one in self.children() if one.alive}
-        found = [stray for stray in self.left_behind() if stray.origin not in living]
+        # The next process may have the name already: what is older than it is not its.
+        living = {one.name: one.identity for one in self.children() if one.alive}
+        found = [stray for stray in self.left_behind() if stray.began < living.get(stray.origin, float("inf"))]
         for stray in found:
             log.warning("pid %d (%s), left behind by %s, is killed", stray.pid, stray.name, stray.origin)
             stray.kill()
