@@ -135,7 +135,8 @@ def become_child(settings: ChildSettings) -> None:
 
 def thread_died(args: threading.ExceptHookArgs) -> None:
     """A thread that raised leaves a process that looks alive and is not: end it, loudly."""
-    threading.__excepthook__(args)
+    with contextlib.suppress(OSError):  # a full disk
+        threading.__excepthook__(args)
     leave(EX_SOFTWARE)
 
 
