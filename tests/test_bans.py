@@ -32,7 +32,8 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield ast.literal_eval(node.args[0])  # raises when the name is not in the source
+            own = ast.unparse(node.args[0]).startswith("f'{__name__}.")
+            yield mlxd.__name__ if own else ast.literal_eval(node.args[0])  # raises when the name is not in the source
 
 
 @pytest.mark.parametrize("file", TREES)

@@ -102,7 +102,7 @@ def test_a_lease_that_cannot_be_locked_is_held_and_named(daemon: Make, home: Pat
     d = daemon()
     d.start()
     told = d.until("held", lambda s: s["state"] == "held")
-    assert f"cannot lock {home}/run/lease" in told["reason"]
+    assert f"cannot open {home}/run/lease" in told["reason"]
     (home / "run" / "lease").unlink()
     d.ready()
 

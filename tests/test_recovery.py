@@ -294,7 +294,7 @@ control = socket.socket(socket.AF_UNIX)
 control.bind(str(where.control))
 control.listen()
 if "proven" in sys.argv:
-    leftovers.remember(where, leftovers.boot_id(), [])
+    paths.write_atomically(where.state, leftovers.memory_of([], leftovers.boot_id()))
 print("hangs", flush=True)
 time.sleep(3600)
 """
