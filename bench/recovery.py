@@ -2,6 +2,7 @@
 
     python bench/recovery.py --kills 200 --clients 8
     python bench/recovery.py --kills 50 --peer         # mlx_lm.server under supervisord, where both are installed
+    python bench/recovery.py --kills 100 --supervisor  # kill -9 the supervisor instead, each time followed by `mlxd recover`
 
 Clients ask one question after the other; whatever comes is compared, byte for byte, with the answer nobody disturbed. Each kill
 waits until every stream that was open at the last one has moved again or ended, and then for an instant drawn from 0-3 s.
@@ -33,7 +34,7 @@ from typing import Any, Protocol
 
 import psutil
 from asking import Answer, Question, ask
-from daemon import daemon
+from daemon import MLXD, daemon
 from throughput import CONCURRENCY, ended, free_port, percentile
 
 HERE = Path(__file__).parent
@@ -41,7 +42,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 from known_answers import LONG, RANDOM  # noqa: E402
 
-from mlxd import control, paths  # noqa: E402
+from mlxd import control, paths, probe  # noqa: E402
 
 BUILTIN = HERE.parent / "mlxd" / "builtin"
 SIGNALS = ("KILL", "ABRT", "SEGV", "STOP")
@@ -328,6 +329,83 @@ def report(target: Target, load: Load, kills: list[Kill], killed: set[int], repl
     return replaced and not (failed or refused or wrong)
 
 
+# --- the supervisor --------------------------------------------------------------------------------------------------------------
+
+
+def run_supervisor(kills: int, chance: random.Random) -> bool:
+    """`kill -9` of the supervisor, `mlxd recover`, again and again; true if nothing was amiss."""
+    with daemon() as one:
+        # In life three repairs an hour are the limit.
+        one.environ |= {"MLX_API_PORT": str(free_port()), "MLXD_RECOVERY_MAX_ACTIONS": str(2 * kills)}
+        one.command("start")
+        where = paths.locate(one.environ)
+        took: list[float] = []
+        failed: list[str] = []
+        orphans = torn = 0
+        for number in range(1, kills + 1):
+            time.sleep(chance.uniform(0, 1))
+            status = control.ask(where.control, "status", timeout_s=60)
+            url = f"{status['url']}/health"
+            before = probe.fetch(url, 10).json["nonce"]
+            os.kill(status["supervisor"]["pid"], signal.SIGKILL)
+            killed_at = time.monotonic()
+            torn += not parses(where.state)
+            recover = subprocess.Popen(
+                [MLXD, "recover"], env=one.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            if next_200(url, before, recover):
+                took.append(time.monotonic() - killed_at)
+            words = recover.communicate()[0]
+            if recover.returncode:
+                failed.append(words)
+                break
+            torn += not parses(where.state)
+            orphans += len(strays(where))
+            if number % 20 == 0:
+                print(f"{number} kills of {kills}", file=sys.stderr, flush=True)
+        print(f"kills of the supervisor {number}  orphans {orphans}  failed recoveries {len(failed)}  torn state files {torn}")
+        if took:
+            print(f"next 200: p50 {seconds(took, 50).strip()}  p99 {seconds(took, 99).strip()}  max {seconds(took, 100).strip()}")
+        for words in failed:
+            print(f"  e.g. {words}")
+        return len(took) == kills and not (orphans or failed or torn)
+
+
+def parses(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
+def next_200(url: str, before: str, recover: subprocess.Popen[str]) -> bool:
+    """Whether it comes, from another run than `before`: a server whose supervisor is killed may answer once more."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        ended_already = recover.poll() is not None
+        with contextlib.suppress(probe.NoReply):
+            reply = probe.fetch(url, 10)
+            if reply.status == 200 and reply.json.get("nonce") != before:
+                return True
+        if ended_already and recover.returncode:
+            return False
+        time.sleep(0.02)
+    return False
+
+
+def strays(where: paths.Paths) -> list[psutil.Process]:
+    """Processes of this home that the supervisor that now runs does not know."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environ = process.environ()
+            if str(where.home) in environ.get("MLXD_CHILD", "") or environ.get("MLXD_HOME") == str(where.home):
+                found.append(process)
+    supervisor = psutil.Process(control.ask(where.control, "status", timeout_s=60)["supervisor"]["pid"])
+    known = {supervisor, *supervisor.children(recursive=True)}
+    return [process for process in found if process not in known and process.is_running()]
+
+
 def seconds(values: list[float], percent: float) -> str:
     return f"{percentile(values, percent):6.2f} s" if values else f"{'-':>8}"
 
@@ -340,12 +418,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the kills and the questions; drawn and printed unless given")
     parser.add_argument("--frozen", type=float, help="seconds until a stopped engine is known for frozen (mlxd's default: 15)")
     parser.add_argument("--no-spare", action="store_true", help="keep no spare engine, as where memory is short")
+    parser.add_argument("--supervisor", action="store_true", help="kill the supervisor instead, and run `mlxd recover`")
     parser.add_argument("--peer", action="store_true", help="mlx_lm.server under supervisord instead of mlxd")
     args = parser.parse_args()
     # supervisord does not notice that a process is stopped: its clients would wait for ever.
     names = args.signals.split(",") if args.signals else [name for name in SIGNALS if not (args.peer and name == "STOP")]
     seed = random.randrange(1_000_000) if args.seed is None else args.seed
     chance = random.Random(seed)
+    if args.supervisor:
+        print(
+            f"built-in model, seed {seed}; {platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        )
+        sys.exit(0 if run_supervisor(args.kills, chance) else 1)
     signals = [names[n % len(names)] for n in range(args.kills)]
     chance.shuffle(signals)
     settings = {}

@@ -6,8 +6,8 @@ which models there are.
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,9 @@ from msgspec import Struct
 
 from mlxd.errors import Refused
 from mlxd.lock import flocked
-from mlxd.paths import write_atomically
+from mlxd.paths import read_own, write_atomically
+
+log = logging.getLogger(__name__)
 
 #: Together at most 32 MiB, which are read in 0.3 s.
 MOST = 256
@@ -110,7 +112,7 @@ class Aliases:
             try:
                 self.last = (stamp, self.read())
             except (OSError, ValueError) as error:
-                print(f"no alias is known: {unreadable(error)}", file=sys.stderr, flush=True)
+                log.warning("no alias is known: %s", unreadable(error))
                 self.last = (stamp, {})
         return self.last[1]
 
@@ -135,7 +137,7 @@ class Aliases:
     def stamp(self) -> object:
         """Changes when the file does; None while there is none."""
         try:
-            found = self.path.stat() if self.path else None
+            found = self.path.lstat() if self.path else None
         except OSError:
             return None
         return (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
@@ -145,7 +147,7 @@ class Aliases:
         if self.path is None:
             return {}
         try:
-            text = self.path.read_bytes()
+            text = read_own(self.path)
         except FileNotFoundError:
             return {}
         return {alias.name.lower(): alias for alias in msgspec.json.decode(text, type=list[Alias])}

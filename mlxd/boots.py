@@ -5,13 +5,13 @@ A kernel panic in a GPU driver comes back with the model that caused it, at ever
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 
 import msgspec
 
 from mlxd import paths
+from mlxd.papers import Papers
 
 log = logging.getLogger("mlxd")
 
@@ -33,8 +33,9 @@ markers = msgspec.json.Decoder(dict[str, Marker])
 class Boots:
     """One marker per model, on disk before its load begins."""
 
-    def __init__(self, file: Path, boot: str):
+    def __init__(self, file: Path, boot: str, papers: Papers):
         self.file = file
+        self.papers = papers
         self.boot = boot
         self.markers = read(file)
         fresh = {model: marker for model, marker in self.markers.items() if marker.boot not in ("", boot)}
@@ -79,11 +80,10 @@ class Boots:
         return f"the machine went down {marker.dirty} times while it was loaded or fresh; a request for it loads it all the same"
 
     def write(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason not to load
-            if self.markers:
-                paths.write_atomically(self.file, msgspec.json.encode(self.markers))
-            else:
-                self.file.unlink(missing_ok=True)
+        if self.markers:
+            self.papers.write(self.file, msgspec.json.encode(self.markers))
+        else:
+            self.papers.remove(self.file)
 
 
 def read(file: Path) -> dict[str, Marker]:

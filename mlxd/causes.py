@@ -66,6 +66,7 @@ IGNORED = Cause(
     eases=("prefill",),
     rest_s=5.0,
 )
+DISK = Cause("disk", "found no room on the disk", "make room", faultless=True, outside=True, rest_s=5.0)
 VICTIM = Cause("victim", "lost its GPU work to another program's GPU error", "look for that program", faultless=True, outside=True)
 IMPORT = Cause("import", "could not import a library", "install mlxd again")
 SEGFAULT = Cause("segfault", "crashed (segmentation fault)", "report it with the exit record")
@@ -88,6 +89,8 @@ LINK_CLOSED = Cause("link closed", "closed its link", "read its log")
 PROTOCOL = Cause("protocol", "is of another version", "run `mlxd restart --supervisor`")
 FROZEN = Cause("frozen", "stopped beating", "look at the stack in the exit record")
 STALLED = Cause("stalled", "had work and made no progress", "look at the stack in the exit record")
+DESCRIPTORS = Cause("descriptors", "used up its file descriptors", "report it with the exit record")
+PROCESSES = Cause("processes", "started processes without end", "report it with the exit record")
 UNRESPONSIVE = Cause("unresponsive", "did not answer /health", "look at the stack in the exit record")
 
 CAUSES = {cause.name: cause for cause in list(globals().values()) if isinstance(cause, Cause)}
@@ -128,6 +131,7 @@ NATIVE = (
 #: What Python ends with: the last line of a traceback.
 PYTHON = (
     (MEMORY, re.compile(r"^MemoryError\b", re.MULTILINE)),
+    (DISK, re.compile(r"^OSError: .*(No space left on device|Dis[ck] quota exceeded)", re.MULTILINE)),
     (IMPORT, re.compile(r"^(ImportError|ModuleNotFoundError)\b", re.MULTILINE)),
 )
 

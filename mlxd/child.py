@@ -7,13 +7,14 @@ Acts and remembers, decides nothing: what happens next is asked of `policy` by t
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,12 @@ import psutil
 
 from mlxd import causes
 from mlxd.config import Config
+from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
-from mlxd.messages import Bye, Counters, ExitRecord, Tuning
-from mlxd.paths import Paths, open_log, read_small
+from mlxd.logs import timestamp
+from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning
+from mlxd.paths import Paths, open_log_anyway, opened, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
 #: Last words of a child that an exit record keeps (Ollama keeps as much), and those that are looked at: faulthandler's stacks of all threads
@@ -36,8 +39,16 @@ LAST_WORDS_BYTES = 8 * 1024
 JUDGED_BYTES = 64 * 1024
 #: A kill counts as the machine's own when less than this part of memory was left.
 LOW_MEMORY = 0.05
+#: A child with more processes of its own than this, ended and never waited for or not, leaves no room to start anything (32,768 is a usual
+#: limit of a whole machine).
+MOST_PROCESSES = 1000
+#: With this part of its descriptors in use a child is about to accept, open and start nothing more.
+MOST_DESCRIPTORS = 0.9
 #: Over this footprint a KILL is followed by a look whether the memory came back.
 HEAVY_BYTES = 2 * 1024**3
+
+#: It floods its log when, in so many seconds, more was cut than its limit so many times over: 20 MB/s at the limit of 50 MiB.
+FLOOD_S, FLOOD_LIMITS = 10.0, 4
 
 #: What a child may know of our environment: no tokens, no keys.
 ENVIRONMENT = frozenset(
@@ -93,8 +104,15 @@ class Child:
     progress_at: float = 0.0  # when a counter last moved, or there was nothing to do
     suspect: bool = False
     memory_bytes: int = 0
+    descriptors: int = 0
+    excess: str = ""  # what it had too much of when it was last looked at
     bye: Bye | None = None
     log_start: int = 0
+    log_id: tuple[int, int] = (0, 0)  # the file that it writes to
+    log_problem: str = ""  # why what it writes is lost
+    log_lost: bool = False  # that was told
+    cuts: list[tuple[float, int]] = field(default_factory=list)  # when its log was cut lately, and by how many bytes
+    flooding: bool = False
     oom_kills: int = 0  # of the whole machine, when this process was last seen alive
     dump: str = ""  # where its stacks go
 
@@ -116,8 +134,7 @@ class Child:
         """
         Path(settings.stack).unlink(missing_ok=True)
         self.dump = settings.stack
-        log = open_log(settings.log)
-        self.log_start = os.fstat(log).st_size
+        log = self.open_log(settings.log)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         settings.link_fd = theirs.fileno()
@@ -146,6 +163,35 @@ class Child:
         self.oom_kills = oom_kills()
         self.identity = start_identity(self.pid) or 0.0
         return ours
+
+    def open_log(self, path: str | Path) -> int:
+        """A descriptor that its process is to write to."""
+        fd, self.log_problem = open_log_anyway(path)
+        there = os.fstat(fd)
+        self.log_id, self.log_start = (there.st_dev, there.st_ino), there.st_size
+        return fd
+
+    def mend_log(self, path: Path) -> None:
+        """A log that was removed or replaced is made anew, and the process told to write there."""
+        if self.link is None:
+            return
+        with contextlib.suppress(OSError):
+            there = path.lstat()
+            if (there.st_dev, there.st_ino) == self.log_id:
+                return
+        os.close(self.open_log(path))
+        if not self.log_problem:
+            self.link.send(Reopen())
+
+    def shorten_log(self, path: Path, limits: Limits, now: float) -> bool:
+        """Keep its log under the limit. True: it was cut."""
+        cut_bytes = shorten_log(path, limits.log_bytes, limits.log_keep_bytes)
+        self.log_start = max(0, self.log_start - cut_bytes)
+        self.cuts = [(at, n) for at, n in self.cuts if at > now - FLOOD_S] + ([(now, cut_bytes)] if cut_bytes else [])
+        return cut_bytes > 0
+
+    def floods(self, limits: Limits) -> bool:
+        return sum(n for _, n in self.cuts) > FLOOD_LIMITS * limits.log_bytes
 
     def observe(self, counters: Counters, now: float) -> None:
         """A beat: the loop turns, and this is how far it is. A stack that was asked for meanwhile is of no interest any more."""
@@ -213,7 +259,7 @@ class Child:
                 or self.counters.emitted >= self.at_ready.emitted + PRODUCTIVE_TOKENS
             ),
             pressure=cause.pressure,
-            outside=cause.outside,
+            outside=cause.outside or cause is causes.SPAWN,
             rest_s=cause.rest_s,
         )
         if number == signal.SIGKILL and self.memory_bytes > HEAVY_BYTES:
@@ -232,15 +278,16 @@ class Child:
             running=self.counters.running,
             text=(self.bye.text if self.bye is not None and self.bye.text else told(words, line))[-LAST_WORDS_BYTES:],
             stack=stack.decode(errors="replace") if stack else None,
+            descriptors=self.descriptors,
         )
         if self.link is not None:
             self.link.close()
         self.alive = False
         self.pid = self.link = self.bye = self.ready_at = None
-        self.counters, self.at_ready, self.memory_bytes = Counters(), Counters(), 0
+        self.counters, self.at_ready, self.memory_bytes, self.descriptors = Counters(), Counters(), 0, 0
         self.deaths = [t for t in self.deaths if t > now - 3600] + ([] if self.ordered else [now])
         self.ordered = self.suspect = False
-        self.suspicion = ""
+        self.suspicion = self.excess = ""
         self.died_of = cause.name
         if death.counts and death.wanted:
             self.counted.append(now)
@@ -252,9 +299,20 @@ class Child:
         if self.pid is None or not (seen := footprint(self.pid)):
             return False
         self.memory_bytes = seen
+        self.descriptors = descriptors(self.pid)
         if seen > HEAVY_BYTES:
             self.available_bytes = psutil.virtual_memory().available
         return True
+
+    def exceeds(self, descriptors: float, crowded: bool) -> str:
+        """What it has had too much of at two looks in a row, as a cause; "" when nothing. `descriptors`: how many are too many. `crowded`: the
+        machine has so many processes that they are worth counting, which costs a look at each."""
+        before, self.excess = self.excess, ""
+        if self.descriptors >= descriptors:
+            self.excess = causes.DESCRIPTORS.name
+        elif crowded and self.pid is not None and processes_of(self.pid) > MOST_PROCESSES:
+            self.excess = causes.PROCESSES.name
+        return self.excess if self.excess == before else ""
 
     def memory_is_back(self) -> bool:
         """Whether 80 % of what a killed heavy process held is available again: one report has 414 of 424 GiB wired until reboot
@@ -264,6 +322,13 @@ class Child:
         if psutil.virtual_memory().available >= self.available_bytes + 0.8 * self.lost_bytes:
             self.lost_bytes = 0
         return not self.lost_bytes
+
+
+def why_unfit(program: str, error: OSError) -> str:
+    """Why this program cannot be started. Of a script without its interpreter the system says that the script is not there."""
+    if error.errno == errno.ENOENT and shutil.which(program):
+        return "the interpreter that its first line names is missing"
+    return error.strerror or str(error)
 
 
 def command(kind: Kind, config: Config) -> list[str]:
@@ -292,6 +357,36 @@ def footprint(pid: int) -> int:
     try:
         # /proc/PID/statm: size resident shared ..., in pages. psutil costs 10 times as much, each second, for ever.
         return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def descriptors(pid: int) -> int:
+    """Open files of a process; 0: cannot be told."""
+    try:
+        if sys.platform == "darwin":
+            return psutil.Process(pid).num_fds()
+        # Linux 6.2 tells the number as the directory's size; before, it is 0.
+        directory = Path(f"/proc/{pid}/fd")
+        return directory.stat().st_size or len(list(directory.iterdir()))
+    except (OSError, psutil.Error):
+        return 0
+
+
+def processes_of(pid: int) -> int:
+    """Processes that this one started and has not waited for."""
+    try:
+        return len(psutil.Process(pid).children())
+    except psutil.Error:
+        return 0
+
+
+def processes() -> int:
+    """Processes of the whole machine, on Linux threads as well: cheap to know, and never fewer than any child has."""
+    if sys.platform == "darwin":
+        return len(psutil.pids())
+    try:
+        return int(Path("/proc/loadavg").read_bytes().split()[3].partition(b"/")[2])
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -330,31 +425,24 @@ def told(words: str, line: str) -> str:
 
 def last_words(log: Path, start: int, most_bytes: int) -> str:
     """The end of what a process wrote to its log since `start`, at most `most_bytes`."""
-    try:
-        with open(log, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(min(start, size), size - most_bytes))
-            return file.read(most_bytes).decode(errors="replace").strip()
-    except OSError:
-        return ""
+    with opened(log) as file:
+        if file is None:
+            return ""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(min(start, size), size - most_bytes))
+        return file.read(most_bytes).decode(errors="replace").strip()
 
 
-def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> bool:
-    """Keep the last `keep_bytes` of a log over `most_bytes`; True if it was. The writer's O_APPEND goes on at the new end; what it
+def shorten_log(path: Path, most_bytes: int, keep_bytes: int) -> int:
+    """Keep the last `keep_bytes` of a log over `most_bytes`; returns how many went. The writer's O_APPEND goes on at the new end; what it
     writes between the read and the truncate is lost, and that is accepted."""
     with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
-            file.seek(size - keep_bytes)
-            kept = file.read(keep_bytes)
+            file.seek(-min(keep_bytes, most_bytes // 2), os.SEEK_END)
+            kept = file.read(most_bytes // 2)
             file.seek(0)
             file.truncate(0)
             file.write(kept)
-            return True
-    return False
-
-
-def timestamp() -> str:
-    """Now, for paper: RFC 3339 in UTC, microseconds."""
-    now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
+            return size - len(kept)
+    return 0

@@ -10,15 +10,17 @@ import functools
 import ipaddress
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from mlxd.endpoint import OLLAMA, base_url, checked_url
 from mlxd.errors import ConfigError
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -28,6 +30,8 @@ Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 #: Go's notation, as Ollama's keep_alive has it ("5m", "1h30m"), or a number of seconds; negative: for ever.
 Duration = Annotated[str, Meta(pattern=r"^[-+]?(\d+(\.\d+)?|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+)$")]
+
+HostName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +57,11 @@ class Server(Section, frozen=True):
     poison_s: Seconds = 600.0
     ping_s: Seconds = 15.0  # proxies give up on a stream that is silent for 60 s
     origins: list[str] = []
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.host in ("", "localhost") or ipaddress.ip_address(self.host).is_loopback
 
 
 class Models(Section, frozen=True):
@@ -95,6 +104,7 @@ class Supervisor(Section, frozen=True):
     spare_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024 * 1024
     log_bytes: Annotated[int, Meta(ge=64 * 1024)] = 50 * 1024 * 1024
     log_keep_bytes: Annotated[int, Meta(ge=0)] = 1024 * 1024
+    keep_awake: bool = False
 
 
 class Health(Section, frozen=True):
@@ -119,7 +129,51 @@ class RateLimit(Section, frozen=True):
 
 
 class Security(Section, frozen=True):
+    """`hosts`: names beside those of this machine by which it may be called. `allow_remote`: without it, and a token, mlxd listens on
+    loopback alone."""
+
     strict_host: bool = False
+    hosts: list[HostName] = []
+    allow_remote: bool = False
+
+
+class Log(Section, frozen=True):
+    format: Literal["text", "json"] = "text"
+
+
+class Events(Section, frozen=True):
+    """`on_event`: a command in a shell's words, without a shell; "": none. `limit_s`: how long it may take."""
+
+    on_event: str = ""
+    limit_s: Seconds = 10.0
+
+
+class Fallback(Section, frozen=True):
+    """Ollama answers for models that it has and mlxd has not. `models`: a model of mlxd's -> the one of Ollama's that answers in its place
+    while it cannot be loaded."""
+
+    ollama: bool = False
+    models: dict[str, str] = {}
+
+
+class Ollama(Section, frozen=True):
+    """The neighbour. `wanted`: `mlxd check` minds whether it is up; so it does with `recover`, by which `mlxd recover` may repair it.
+    `probe`: a token of a model that it has loaded is asked for, too."""
+
+    url: str = OLLAMA
+    recover: bool = False
+    wanted: bool = False
+    probe: bool = False
+
+
+class Recovery(Section, frozen=True):
+    """`silent_s`: a supervisor that answers nobody for so long is ended. `settle_s`: what was restarted answers by then. The counts: of one
+    service within an hour, by `mlxd recover` and by `mlxd monitor`."""
+
+    silent_s: Seconds = 30.0
+    settle_s: Seconds = 30.0
+    max_actions: Count = 3
+    max_restarts: Count = 5
 
 
 class Config(Section, frozen=True):
@@ -130,16 +184,33 @@ class Config(Section, frozen=True):
     health: Health = Health()
     rate_limit: RateLimit = RateLimit()
     security: Security = Security()
+    log: Log = Log()
+    events: Events = Events()
+    ollama: Ollama = Ollama()
+    fallback: Fallback = Fallback()
+    recovery: Recovery = Recovery()
+
+
+class Service(Section, frozen=True):
+    """One of `[[services]]`: something else that is to be up. `url` answers with a status below 300 when it is. `owner`: who restarts it
+    ("systemd:NAME", "launchd:LABEL", "brew:NAME", "app:NAME"), or `command` does; neither: it is only looked at."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    url: str
+    owner: Annotated[str, Meta(pattern=r"^(systemd|launchd|brew|app):[A-Za-z0-9@][A-Za-z0-9@:._ -]*$")] | None = None
+    command: Annotated[list[str], Meta(min_length=1)] | None = None
+    max_actions: Count | None = None  # in an hour; None: as of the others
 
 
 def of_server(config: Config) -> object:
     """What a server reads of it: equal for two configurations between which it need not be replaced."""
-    return config.server, config.models, config.rate_limit, config.security, config.health.silent_s
+    at_requests = config.server, config.models, config.rate_limit, config.security, config.log, config.fallback
+    return *at_requests, config.ollama.url, config.health.silent_s
 
 
 def of_engine(config: Config) -> object:
     """What an engine reads of it."""
-    return config.engine, config.server.max_concurrent, config.health.canary_s
+    return config.engine, config.log, config.server.max_concurrent, config.health.canary_s
 
 
 #: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.
@@ -154,12 +225,14 @@ NAMES = {
     "MLX_HEALTH_MAX_TIME": ("health", "max_time_s"),
     "MLX_RATE_LIMIT_MAX": ("rate_limit", "max"),
     "MLX_RATE_LIMIT_WINDOW": ("rate_limit", "window_s"),
+    "OLLAMA_URL": ("ollama", "url"),
     "OLLAMA_ORIGINS": ("server", "origins"),
     "OLLAMA_KEEP_ALIVE": ("models", "keep_alive"),
     "OLLAMA_CONTEXT_LENGTH": ("models", "context_length"),
 }
 
-LISTS = {("models", "preload"), ("server", "origins")}
+LISTS = {("models", "preload"), ("server", "origins"), ("security", "hosts")}
+PAIRS = {("fallback", "models")}
 COMMANDS = {("server", "command"), ("engine", "command")}
 
 
@@ -209,31 +282,27 @@ def load(
         for name in sorted(known.keys() & values.keys(), key=lambda n: n in NAMES):
             place = name if source == "environment" else f"{name} in {source}"
             section, key = known[name]
+            if name == "OLLAMA_URL" and not values[name].strip():
+                continue
             put(section, key, from_text(section, key, values[name], place), place)
     for dotted, value in (flags or {}).items():
         section, key = dotted.split(".")
         put(section, key, value, f"--{key.replace('_', '-')}")
     settings = build(tree, sources)
     check_host(settings.server.host, sources.get("server.host", ""))
+    check_command(settings.events.on_event, sources.get("events.on_event", ""))
+    base_url(settings.ollama.url, sources.get("ollama.url", ""))
     return Loaded(settings, sources)
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of config.toml, checked for unknown names; {} without a file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    """The sections of config.toml, checked for unknown names; {} without a file."""
+    tables = parse_toml(path)
+    to_services(path, tables.pop("services", []))
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
     for section, keys in tables.items():
         if section not in sections:
-            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, sections)}")
+            raise ConfigError(f"{path}: unknown section [{section}]{nearest(section, [*sections, 'services'])}")
         if not isinstance(keys, dict):
             raise ConfigError(f"{path}: {section} is a section: write [{section}] and its settings below it")
         known = [field.name for field in msgspec.structs.fields(sections[section])]
@@ -241,6 +310,47 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
             if key not in known:
                 raise ConfigError(f"{path}: unknown setting {section}.{key}{nearest(key, known, section + '.')}")
     return tables
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_services(path: Path) -> list[Service]:
+    """The `[[services]]` of config.toml. Raises ConfigError. The daemon has no use for them."""
+    return to_services(path, parse_toml(path).get("services", []))
+
+
+def to_services(path: Path, tables: Any) -> list[Service]:
+    if not isinstance(tables, list):
+        raise ConfigError(f"{path}: services is a list: write [[services]] above each")
+    known = [field.name for field in msgspec.structs.fields(Service)]
+    services: list[Service] = []
+    for number, table in enumerate(tables, 1):
+        for key in table if isinstance(table, dict) else ():
+            if key not in known:
+                raise ConfigError(f"{path}: service {number}: unknown setting {key}{nearest(key, known)}")
+        try:
+            one = msgspec.convert(table, Service)
+        except msgspec.ValidationError as error:
+            sentence, _, where = str(error).partition(" - at `$.")
+            raise ConfigError(f"{path}: service {number}: {where.rstrip('`')} {sentence[0].lower()}{sentence[1:]}") from error
+        checked_url(one.url, f"{path}: service {number}: url")
+        if one.name in ("mlx", "ollama", *(other.name for other in services)):
+            raise ConfigError(f"{path}: service {number}: there is a service {one.name} already; choose another name")
+        if one.owner and one.command:
+            raise ConfigError(f"{path}: service {number}: either owner or command restarts it, not both")
+        services.append(one)
+    return services
 
 
 def nearest(name: str, known: Any, prefix: str = "") -> str:
@@ -265,6 +375,11 @@ def from_text(section: str, key: str, text: str, place: str) -> Any:
     """An environment variable's text as the value its setting has."""
     if (section, key) in LISTS:
         return [part.strip() for part in text.split(",") if part.strip()]
+    if (section, key) in PAIRS:
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        if not all(name.strip() and value.strip() for name, _, value in pairs):
+            raise ConfigError(f"{place} must be pairs such as name=other,name2=other2, not {text!r}")
+        return {name.strip(): value.strip() for name, _, value in pairs}
     if (section, key) in COMMANDS:
         return text.split()
     text = text.strip()
@@ -291,6 +406,14 @@ def check_host(host: str, place: str) -> None:
         raise ConfigError(f"{place} must be an IP address such as 127.0.0.1, not {host!r}") from None
 
 
+def check_command(command: str, place: str) -> None:
+    """Raises ConfigError unless a shell could tell its words apart."""
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{place} is no command: {str(error).lower()} in {command!r}") from None
+
+
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
     try:
         return msgspec.convert(tree, Config)
@@ -299,5 +422,8 @@ def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
         dotted = re.match(r"[a-z_]+\.[a-z_]+", where)
         place = sources.get(dotted.group(), dotted.group()) if dotted else where.rstrip("`")
         if "matching regex" in sentence:
-            sentence = 'expected a duration such as "5m", "1h30m" or "-1"'
+            host = where.startswith("security.hosts")
+            sentence = "expected a name without a port" if host else 'expected a duration such as "5m", "1h30m" or "-1"'
+        if "enum value" in sentence:
+            sentence = f'{sentence}; it is "text" or "json"'
         raise ConfigError(f"{place}: {sentence[0].lower()}{sentence[1:]}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import socket
 from typing import Any
 
@@ -15,6 +16,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxd.config import Server
+
+log = logging.getLogger(__name__)
 
 #: More than these, and a client is not even heard. Well above what the app itself refuses, in JSON of its dialect.
 MOST_OPEN = 1024
@@ -107,6 +110,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            log.info("what came is no HTTP request  400", extra={"fields": {"status": 400}})
             super().send_400_response(msg)
         else:  # the request was answered before its body went wrong
             self.transport.abort()

@@ -18,23 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from mlxd.control import DEADLINE_S
-from mlxd.errors import MlxdError
+from mlxd.errors import ConfigError, MlxdError
 
 log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64 * 1024
 BACKLOG = 128
+#: So many callers at once, each a descriptor of ours. One that has asked nothing yet makes room for the next.
+MOST = 24
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket at `path` (a stale one there is replaced: the caller holds the lock), for its owner alone."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    """A socket at `path` (a stale one there is replaced: the caller holds the lock), for its owner alone. Raises ConfigError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(os.fspath(path))
-    path.chmod(0o600)
+    try:
+        path.unlink(missing_ok=True)
+        sock.bind(os.fspath(path))
+        path.chmod(0o600)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror or error}; remove what is there") from error
     sock.listen(BACKLOG)
     return sock
 
@@ -47,6 +52,7 @@ class Desk:
         self.sock = sock
         self.verbs = verbs
         self.conversations: dict[asyncio.Task[None], socket.socket] = {}
+        self.silent: dict[socket.socket, asyncio.Task[None]] = {}  # those that have not asked yet, oldest first
 
     def open(self) -> None:
         """Closed for good, it stays so."""
@@ -80,18 +86,32 @@ class Desk:
         except (BlockingIOError, ConnectionError):
             return
         except OSError as error:  # no descriptor left: readable for ever, so look away for a while
-            self.pause()
-            asyncio.get_running_loop().call_later(1.0, self.open)
+            self.rest()
             log.warning("cannot accept: %s", error)
             return
         task = asyncio.ensure_future(self.converse(connection))
-        self.conversations[task] = connection
-        task.add_done_callback(self.conversations.pop)
+        self.conversations[task], self.silent[connection] = connection, task
+        task.add_done_callback(self.ended)
+        if len(self.conversations) >= MOST:
+            if self.silent:
+                self.silent.pop(next(iter(self.silent))).cancel()
+            else:
+                self.rest()
+
+    def rest(self) -> None:
+        """Who comes waits for a second."""
+        self.pause()
+        asyncio.get_running_loop().call_later(1.0, self.open)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        connection = self.conversations.pop(task)
+        self.silent.pop(connection, None)
+        connection.close()
 
     async def converse(self, connection: socket.socket) -> None:
         """One line asks, one line answers."""
         connection.setblocking(False)
-        with connection, contextlib.suppress(OSError, TimeoutError):
+        with contextlib.suppress(OSError, TimeoutError):
             if peer_uid(connection) not in (os.getuid(), 0):
                 return
             text = b""
@@ -100,6 +120,7 @@ class Desk:
                     if not (data := await asyncio.get_running_loop().sock_recv(connection, MAX_LINE_BYTES)):
                         return
                     text += data
+            self.silent.pop(connection, None)
             line, end, _ = text.partition(b"\n")
             if end:
                 await tell(connection, await reply(line, self.verbs))
@@ -116,7 +137,7 @@ async def reply(text: bytes, verbs: dict[str, Verb]) -> dict[str, Any]:
         asked = json.loads(text)
         verb = verbs[asked["verb"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {"error": f"known verbs are {', '.join(sorted(verbs))}"}
+        return {"error": f"unknown verb; known are {', '.join(sorted(verbs))}"}
     try:
         return await verb(asked)
     except MlxdError as error:

@@ -10,6 +10,7 @@ import msgspec
 
 from mlxd import paths
 from mlxd.messages import ExitRecord
+from mlxd.papers import Papers
 
 KEPT = 50
 #: 50 records of 8 KB of words and a stack each.
@@ -17,10 +18,11 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 
 
 class Exits:
-    """Newest last. What cannot be written stays in memory."""
+    """Newest last."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, papers: Papers):
         self.file = file
+        self.papers = papers
         self.records = deque(read(file), maxlen=KEPT)
 
     @property
@@ -29,8 +31,7 @@ class Exits:
 
     def add(self, record: ExitRecord) -> None:
         self.records.append(record)
-        with contextlib.suppress(OSError):
-            paths.write_atomically(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))
+        self.papers.write(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))
 
 
 def read(file: Path) -> list[ExitRecord]:

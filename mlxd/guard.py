@@ -1,4 +1,4 @@
-"""The guard: which requests may reach a handler at all. Host, Origin, Sec-Fetch-*, Content-Type, sizes; CORS answers.
+"""The guard: which requests may reach a handler at all. Host, Origin, Sec-Fetch-*, Content-Type, sizes, tokens; CORS answers.
 
 Loopback is not a trust boundary: any page in the user's browser can send requests here. So this is judged first, on raw headers and
 the raw target, before a byte of the body is read. Pure: no I/O, no clock.
@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from mlxd.errors import Refused
+from mlxd.tokens import Access, Tokens
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,21 +39,24 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True)
 class Policy:
-    """Who may come. `host_check`: off when mlxd listens on more than loopback. `own_addresses`, `own_names`: of this machine."""
+    """Who may come. `hosts`: names beside those of this machine. `host_check`: off when mlxd listens on more than loopback, where a token is
+    needed, which a page that rebound its name has not. `own_addresses`, `own_names`: of this machine."""
 
     origins: tuple[str, ...] = ()
+    hosts: frozenset[str] = frozenset()
     strict_host: bool = False
     host_check: bool = True
     own_addresses: frozenset[Address] = frozenset()
     own_names: frozenset[str] = frozenset()
 
 
-def local_policy(origins: Iterable[str], strict_host: bool, host_check: bool) -> Policy:
+def local_policy(origins: Iterable[str], hosts: Iterable[str], strict_host: bool, host_check: bool) -> Policy:
     """The policy on this machine, as it is now."""
     found = [address.address.partition("%")[0] for card in psutil.net_if_addrs().values() for address in card]
     addresses = frozenset(address for text in found if (address := literal(text)) is not None)
     name = socket.gethostname().lower()
-    return Policy(tuple(origins), strict_host, host_check, addresses, frozenset({name, name.partition(".")[0]} - {""}))
+    extra = frozenset(host.lower() for host in hosts)
+    return Policy(tuple(origins), extra, strict_host, host_check, addresses, frozenset({name, name.partition(".")[0]} - {""}))
 
 
 def literal(text: str) -> Address | None:
@@ -105,7 +109,11 @@ def check_host(scope: Any, raw: bytes | None, policy: Policy) -> str:
         raise Refused(400, "the Host header is malformed")
     name, _ = split
     if policy.host_check and not host_allowed(name, policy):
-        raise Refused(403, f"Host {name[:80]!r} is not allowed: mlxd answers to names of this machine only (DNS rebinding)")
+        raise Refused(
+            403,
+            f"Host {name[:80]!r} is not allowed, since mlxd answers to names of this machine only (DNS rebinding); "
+            "if it is one, add it to [security] hosts in config.toml",
+        )
     return raw.decode("ascii").lower()
 
 
@@ -127,6 +135,8 @@ def split_host(raw: bytes) -> tuple[str, int | None] | None:
 
 def host_allowed(name: str, policy: Policy) -> bool:
     """A literal IP address cannot be rebound; a name can, unless nobody outside decides where it points."""
+    if name in policy.hosts:
+        return True
     address = literal(name)
     if address is not None:
         if address.is_unspecified:
@@ -142,7 +152,8 @@ def check_origin(scope: Any, named: dict[bytes, bytes], host: str, policy: Polic
     POST without a preflight, and CORS alone would only keep it from reading what it has started."""
     origin = named.get(b"origin")
     if origin is not None:
-        if not origin_allowed(origin.decode("latin-1"), host, policy):
+        # It comes back in a header: no control character may.
+        if not re.fullmatch(rb"[!-~]+", origin) or not origin_allowed(origin.decode("latin-1"), host, policy):
             raise Refused(403, "this Origin is not allowed; add it to OLLAMA_ORIGINS or to [server] origins in config.toml")
         return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
     site = named.get(b"sec-fetch-site", b"none").strip().lower()
@@ -198,6 +209,35 @@ def check_body(named: dict[bytes, bytes]) -> None:
     kind = named.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if from_page and length != b"0" and kind != b"application/json":
         raise Refused(415, "a page must send its body as application/json")
+
+
+#: Whoever asks learns that mlxd is there and well.
+OPEN = frozenset({"/health", "/health/live", "/health/ready"})
+#: What an inference token is good for, besides all of /v1/. A path that is not named needs an admin's, so that a new one is not open.
+INFERENCE = frozenset(
+    {"/", "/openapi.json"}
+    | {f"/api/{name}" for name in ("version", "tags", "ps", "show", "generate", "chat", "embed", "embeddings")}
+)
+
+
+def needed(path: str) -> Access:
+    """`path`: as the router takes it. What is rebuilt from Host is no base for this: Starlette's `request.url` let requests past vLLM's
+    keys (CVE-2026-48746)."""
+    if path in OPEN:
+        return Access.NONE
+    return Access.INFERENCE if path in INFERENCE or path.startswith("/v1/") else Access.ADMIN
+
+
+def admit(scope: Any, tokens: Tokens | None) -> Access:
+    """What the sender may do; without tokens everything. Raises Refused: 401 without a valid token, 403 if it is good for less than this."""
+    if tokens is None:
+        return Access.ADMIN
+    access = tokens.access(scope["headers"])
+    if access >= needed(scope["path"]):
+        return access
+    if access is Access.NONE:
+        raise Refused(401, "a token is needed: `Authorization: Bearer TOKEN` or `x-api-key: TOKEN`", code="invalid_api_key")
+    raise Refused(403, "this token is for inference; an admin's is needed here", code="insufficient_permissions")
 
 
 def is_preflight(scope: Any) -> bool:

@@ -24,9 +24,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from mlxd import config, desk, messages, status
+from mlxd.awake import Awake
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import MlxdError
+from mlxd.events import Event
+from mlxd.notify import Notifier
 from mlxd.policy import State
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ SAME = (
     "lease",
     "lease_problem",
     "config_problem",
+    "tokens",
     "refusals",
     "first_token",
     "polls",
@@ -57,6 +61,11 @@ SAME = (
     "started",
     "moved_at",
     "runs",
+    "flapped_at",
+    "terminal",
+    "told",
+    "notifier",
+    "awake",
 )
 
 
@@ -91,6 +100,7 @@ class Handover(msgspec.Struct, kw_only=True):
     lease: int | None = None
     lease_problem: str = ""
     config_problem: str = ""
+    tokens: str = ""
     refusals: dict[str, str] = {}
     first_token: bool = False
     polls: list[bool] = []
@@ -98,6 +108,13 @@ class Handover(msgspec.Struct, kw_only=True):
     started: float = 0.0
     moved_at: float = 0.0
     runs: int = 1
+    flapped_at: float = float("-inf")
+    terminal: bool = False
+    told: str = ""
+    event_seq: int = 0
+    untold: list[Event] = []
+    notifier: Notifier = msgspec.field(default_factory=Notifier)
+    awake: Awake = msgspec.field(default_factory=Awake)
 
     @property
     def places(self) -> list[Place]:
@@ -132,6 +149,7 @@ async def hand_over(s: Supervisor) -> NoReturn:
     asker = s.control.asker()
     await rehearse(s)
     s.control.pause()
+    s.hook.pause()
     end = s.loop.time() + QUIET_S
     try:
         while True:
@@ -146,13 +164,14 @@ async def hand_over(s: Supervisor) -> NoReturn:
     finally:
         s.control.open()
         s.port.resume()
+        s.hook.go_on()
 
 
 async def rehearse(s: Supervisor) -> None:
     """See that the code on disk starts, can read what it will be handed, and accepts the configuration. Raises MlxdError."""
     try:
         with written(described(s, {}, None)) as file, tempfile.TemporaryFile() as said:
-            outcome = await outcome_of(s, spawn_rehearsal(file.fileno(), said))
+            outcome = await s.outcome(spawn_rehearsal(file.fileno(), said), REHEARSAL_S)
             said.seek(0)
             words = said.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
     except OSError as error:
@@ -163,18 +182,6 @@ async def rehearse(s: Supervisor) -> None:
         refusal = MlxdError(f"the new supervisor would not start ({words or f'status {outcome}'}); the old one goes on")
         refusal.exit_status = 78 if outcome == 78 else 1
         raise refusal
-
-
-async def outcome_of(s: Supervisor, pid: int) -> int | None:
-    """Its exit status, negative for a signal; None when it took too long and was killed."""
-    s.awaited[pid] = ended = s.loop.create_future()
-    try:
-        await asyncio.wait([ended], timeout=REHEARSAL_S)
-    finally:
-        del s.awaited[pid]
-        if not ended.done():
-            os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(ended.result()) if ended.done() else None
 
 
 def spawn_rehearsal(fd: int, said: IO[bytes]) -> int:
@@ -216,6 +223,8 @@ def under_way(s: Supervisor, asker: socket.socket) -> str:
         return "a client is being told that no server accepts"
     if any(other is not asker for other in s.control.conversations.values()):
         return "somebody else asks for something"
+    if s.hook.busy:
+        return "the event command is at work"
     return ""
 
 
@@ -269,6 +278,8 @@ def described(s: Supervisor, parted: dict[Child, tuple[int, bytes]], asker: sock
         asker_fd=asker.fileno() if asker is not None else -1,
         port_fds=[sock.fileno() for sock in s.port.sockets],
         port_problem=s.port.problem,
+        event_seq=s.events.seq,
+        untold=list(s.hook.waiting),
         unserved_from=s.port.unserved.when() if s.port.unserved is not None else None,
         **{name: getattr(s, name) for name in SAME},
     )
@@ -330,6 +341,8 @@ async def adopt(s: Supervisor, handed: Handover) -> None:
     for name in SAME:
         setattr(s, name, getattr(handed, name))
     s.runs += 1
+    s.events.seq = max(s.events.seq, handed.event_seq)
+    s.hook.waiting.extend(handed.untold)
     s.control = desk.Desk(socket.socket(fileno=handed.control_fd), s.verbs())
     s.port.sockets = [socket.socket(fileno=fd) for fd in handed.port_fds]
     s.port.problem = handed.port_problem

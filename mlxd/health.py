@@ -19,13 +19,13 @@ Status = Literal["ok", "degraded", "loading", "draining"]
 MAX_TEXT = 2000
 
 
-def status(pool: Pool, draining: bool, missing: list[str]) -> tuple[Status, str | None]:
-    """The state in a word, and why it is not ok. `missing`: models to be preloaded that cannot be."""
+def status(pool: Pool, draining: bool, problems: list[str]) -> tuple[Status, str | None]:
+    """The state in a word, and why it is not ok. `problems`: what a person has to mend."""
     if draining:
         return "draining", "the server is about to end"
     preloads = [engine for engine in pool.engines.values() if engine.preloaded]
-    if missing:
-        return "degraded", "; ".join(missing)
+    if problems:
+        return "degraded", "; ".join(problems)
     if preloads and not any(engine.state == "ready" for engine in preloads):
         failed = [engine for engine in preloads if engine.state in ("retried", "absent")]
         if len(failed) < len(preloads):
@@ -67,15 +67,19 @@ def last_words(record: ExitRecord | None) -> dict[str, Any] | None:
 
 
 async def report(service: Service, exchange: Exchange) -> None:
-    """200 when a request sent now would be served or queued."""
+    """200 when a request sent now would be served or queued. Without a token, where one is needed, no more than who we are."""
+    pool, admission = service.pool, service.admission
+    word, reason = status(pool, service.draining, service.problems)
+    body = {"status": word, "nonce": service.nonce, "version": mlxd.__version__}
+    if exchange.access:
+        body |= {"reason": reason} | details(service)
+    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
+
+
+def details(service: Service) -> dict[str, Any]:
     pool, admission, journal = service.pool, service.admission, service.journal
-    word, reason = status(pool, service.draining, service.missing)
     clock = pool.clock()
-    body = {
-        "status": word,
-        "reason": reason,
-        "nonce": service.nonce,
-        "version": mlxd.__version__,
+    told: dict[str, Any] = {
         "engines": [described(engine, clock) for engine in pool.present],
         "queue": {"running": admission.running, "waiting": admission.waiting},
         "requests": {"in_hand": len(journal.entries), "oldest_s": round(journal.oldest_s(), 3), "resumed": journal.resumed},
@@ -86,7 +90,10 @@ async def report(service: Service, exchange: Exchange) -> None:
         },
         "last_exit": last_words(service.last_exit),
     }
-    await answer(exchange, service.supervised and serves(pool, admission, service.draining), body)
+    if fallback := service.fallback:
+        trouble = fallback.trouble.sentence if fallback.trouble else None
+        told["fallback"] = {"url": str(fallback.address), "running": fallback.running, "trouble": trouble}
+    return told
 
 
 async def live(service: Service, exchange: Exchange) -> None:
@@ -96,8 +103,9 @@ async def live(service: Service, exchange: Exchange) -> None:
 
 async def ready(service: Service, exchange: Exchange) -> None:
     """200 when the state is ready or degraded."""
-    word, reason = status(service.pool, service.draining, service.missing)
-    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word, "reason": reason})
+    word, reason = status(service.pool, service.draining, service.problems)
+    told = {"reason": reason} if exchange.access else {}
+    await answer(exchange, service.supervised and word in ("ok", "degraded"), {"status": word} | told)
 
 
 async def answer(exchange: Exchange, well: bool, body: dict[str, Any]) -> None:

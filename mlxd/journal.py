@@ -29,7 +29,7 @@ MOST_BYTES = 512 * 1024 * 1024
 #: Requests that are known to take engines with them; the oldest is forgotten.
 MOST_POISONS = 1024
 #: What of a request has no part in what the model is asked.
-NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "top_logprobs", "truncate", "keep_alive_s", "priority")
+NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "top_logprobs", "truncate", "keep_alive_s", "priority", "id")
 
 
 class Request(Struct, kw_only=True):
@@ -58,6 +58,7 @@ class Request(Struct, kw_only=True):
     truncate: bool = False
     keep_alive_s: float | None = None
     priority: Priority = Priority.NORMAL
+    id: str = ""
 
     def settle(self, context_length: int) -> None:
         """What the client left open its model's alias says, and the configuration (`context_length`; 0: nothing)."""
@@ -145,10 +146,11 @@ class Entry:
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
         if request.inputs is not None:
-            return Embed(job=job, inputs=request.inputs, truncate=request.truncate, num_ctx=request.num_ctx)
+            return Embed(job=job, request_id=request.id, inputs=request.inputs, truncate=request.truncate, num_ctx=request.num_ctx)
         known = self.prompt_ids is not None  # what an engine once tokenised is not rendered again
         return Submit(
             job=job,
+            request_id=request.id,
             sampling=request.sampling,
             messages=None if known else request.messages,
             tools=request.tools,

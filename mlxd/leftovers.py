@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -34,17 +35,63 @@ class Leftover(msgspec.Struct):
     name: str
 
 
+class Process(msgspec.Struct, frozen=True):
+    """One process for ever: its number, its start (see `start_identity`) and its boot."""
+
+    pid: int
+    identity: float
+    boot: str
+
+
 class Memory(msgspec.Struct):
     """state.json."""
 
     boot: str
     children: list[Leftover]
+    supervisor: Process | None = None
 
 
-def remember(where: paths.Paths, boot: str, children: list[Leftover]) -> None:
-    """For the next supervisor, in case this one is killed."""
-    with contextlib.suppress(OSError):  # a full disk: the lease still tells
-        paths.write_atomically(where.state, msgspec.json.encode(Memory(boot, children)))
+def memory_of(children: list[Leftover], boot: str) -> bytes:
+    """state.json: for the next supervisor, in case this one is killed, and for `mlxd recover`, in case it hangs."""
+    identity = start_identity(os.getpid())
+    supervisor = Process(os.getpid(), identity, boot) if identity is not None else None
+    return msgspec.json.encode(Memory(boot, children, supervisor))
+
+
+def supervisor_of(where: paths.Paths) -> Process | None:
+    """The supervisor that wrote state.json, if it still lives."""
+    try:
+        memory = msgspec.json.decode(paths.read_small(where.state, 1024 * 1024) or b"", type=Memory)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return memory.supervisor if memory.supervisor is not None and lives(memory.supervisor) else None
+
+
+def process_of(pid: int) -> Process | None:
+    """None when there is none."""
+    identity = start_identity(pid)
+    return Process(pid, identity, boot_id()) if identity is not None else None
+
+
+def lives(process: Process) -> bool:
+    return process_of(process.pid) == process
+
+
+def end(process: Process, term_s: float, kill_s: float) -> bool:
+    """TERM, then KILL, to this one and no other; whether it has ended. Blocks."""
+    for number, patience_s in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if lives(process):
+                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGCONT)
+        end = time.monotonic() + patience_s
+        while lives(process):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def recall(where: paths.Paths, boot: str) -> list[Leftover]:
@@ -78,22 +125,28 @@ def sweep(found: list[Leftover], term_s: float, kill_s: float) -> None:
 
 def is_ours(left: Leftover) -> bool:
     """Whether the process with this number is the very one: the same start, and our nonce in its environment. A number alone proves
-    nothing: it is reused."""
-    if start_identity(left.pid) != left.identity:
-        return False
+    nothing: it is reused. 1 and less are never a child's, and a signal to 0, or to the group of 1, goes to many."""
+    return left.pid > 1 and start_identity(left.pid) == left.identity and origin(left.pid).get("nonce") == left.nonce
+
+
+def origin(pid: int) -> dict[str, Any]:
+    """The settings that a child of mlxd was started with, and with it whatever it has started; {} of any other process."""
     try:
-        settings = psutil.Process(left.pid).environ().get("MLXD_CHILD", "")
-        return bool(json.loads(settings)["nonce"] == left.nonce)
-    except (psutil.Error, ValueError, KeyError, TypeError):
-        return False
+        settings = json.loads(psutil.Process(pid).environ().get("MLXD_CHILD", ""))
+    except (psutil.Error, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def take_lease(where: paths.Paths, patience_s: float) -> int:
-    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`. Blocks."""
+    """The lease, for our children to inherit. Raises MlxdError when a child of an earlier run still lives after `patience_s`, or when
+    the file is none. Blocks."""
     try:
         return lock.flocked(where.lease, patience_s)
     except BlockingIOError:
         raise MlxdError("a process of an earlier run still lives; end it, or reboot if it cannot be ended") from None
+    except OSError as error:
+        raise MlxdError(f"cannot open {where.lease}: {error.strerror}; remove what is there") from error
 
 
 def start_identity(pid: int) -> float | None:

@@ -16,11 +16,11 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
-from mlxd import messages
+from mlxd import logs, messages
 from mlxd.config import Config
 from mlxd.messages import ChildWord, SupervisorWord
 from mlxd.paths import open_log
@@ -94,7 +94,7 @@ class Link:
 class ChildSettings(msgspec.Struct, kw_only=True):
     """What the supervisor tells a child in the environment: MLXD_CHILD, one JSON object. Paths are absolute.
 
-    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and `aliases` (its file of them), an
+    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and the files `aliases` and `token`, an
     engine `socket` (where it listens) and `view` (the directory it makes for its private view of a model's files).
     """
 
@@ -106,6 +106,7 @@ class ChildSettings(msgspec.Struct, kw_only=True):
     stack: str
     listen_fds: list[int] = []
     aliases: str = ""
+    token: str = ""
     socket: str = ""
     view: str = ""
 
@@ -116,8 +117,9 @@ def child_settings() -> ChildSettings:
 
 
 def become_child(settings: ChildSettings) -> None:
-    """First thing in a child: modes, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
+    """First thing in a child: modes, log lines, stack dumps, a thread's exception ends the process, memory pressure takes us first."""
     os.umask(0o077)
+    logs.begin(settings.config.log.format)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a supervisor that was about to hand over had some blocked
     stack = os.open(settings.stack, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     # Dumps even while native code holds the interpreter lock, where no Python handler would run.
@@ -133,9 +135,16 @@ def become_child(settings: ChildSettings) -> None:
 
 def thread_died(args: threading.ExceptHookArgs) -> None:
     """A thread that raised leaves a process that looks alive and is not: end it, loudly."""
-    threading.__excepthook__(args)
-    sys.stderr.flush()
-    os._exit(EX_SOFTWARE)
+    with contextlib.suppress(OSError):  # a full disk
+        threading.__excepthook__(args)
+    leave(EX_SOFTWARE)
+
+
+def leave(status: int) -> NoReturn:
+    """End at once, whatever other threads are at. A full disk keeps the last lines of the log, and must not keep us."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def raise_nofile(wanted: int) -> None:
@@ -148,8 +157,11 @@ def raise_nofile(wanted: int) -> None:
 
 
 def reopen_log(path: str) -> None:
-    """stdout and stderr go to `path` from now on."""
-    fd = open_log(path)
+    """stdout and stderr go to `path` from now on; where they cannot, they stay where they are."""
+    try:
+        fd = open_log(path)
+    except OSError:  # the supervisor says so
+        return
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -184,5 +196,4 @@ async def serve(link: Link, handle: Callable[[SupervisorWord], Awaitable[None]],
         await handle(word)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(drained(), LAST_S)
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)

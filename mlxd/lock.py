@@ -67,12 +67,12 @@ class Lock:
     def withdraw(self) -> None:
         """Remove the PID file, if it is still ours. The lock goes with the process, and its file stays: unlinking it would let two hold it."""
         if paths.read_small(self.paths.pid_file) == self.pid_text:
-            self.paths.pid_file.unlink(missing_ok=True)
+            paths.remove(self.paths.pid_file)
 
 
 def flocked(path: Path, patience_s: float = 0.0) -> int:
-    """`path`, made if need be, open and locked. Blocks; raises BlockingIOError when another holds it for `patience_s`."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """`path`, made if need be, open and locked. Blocks; raises BlockingIOError when another holds it for `patience_s`, OSError."""
+    fd = paths.open_own(path, os.O_RDWR | os.O_CREAT)
     end = time.monotonic() + patience_s
     while True:
         try:

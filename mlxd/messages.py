@@ -76,6 +76,7 @@ class ExitRecord(Struct, kw_only=True):
     text: str
     stack: str | None = None
     remedy: str = ""
+    descriptors: int = 0
 
 
 # --- the link: child -> supervisor --------------------------------------------------------------------------------------
@@ -240,11 +241,12 @@ class Submit(Struct, tag="submit", kw_only=True):
     `tools`: `{"type": "function", "function": {"name", "description"?, "parameters"?, "strict"?}}`, for the template and the parser of calls.
     `tool_choice`: "auto", "required" (at least one call) or the name of the function to call. `suffix`: the text after the answer, for
     models that fill in the middle; with `prompt` only. `context_ids`: tokens before the rendering. `top_logprobs`: how many of the best
-    alternatives are told of each token, None: no log-probabilities at all.
+    alternatives are told of each token, None: no log-probabilities at all. `request_id`: for the log.
     """
 
     job: int
     sampling: Sampling
+    request_id: str = ""
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str = "auto"
@@ -272,6 +274,7 @@ class Embed(Struct, tag="embed", kw_only=True):
     inputs: list[str | list[int]]
     truncate: bool = True
     num_ctx: int | None = None
+    request_id: str = ""
 
 
 class Cancel(Struct, tag="cancel"):

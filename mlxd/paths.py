@@ -6,14 +6,17 @@ Owns directories and modes (0700, files 0600). Knows no setting but MLXD_HOME.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from mlxd.errors import ConfigError
 
@@ -58,12 +61,31 @@ class Paths:
         return self.home / "aliases.json"
 
     @property
+    def recovery(self) -> Path:
+        """What `mlxd recover` did, and when."""
+        return self.home / "recovery.json"
+
+    @property
+    def recovery_lock(self) -> Path:
+        """Held while something is repaired."""
+        return self.home / "recovery.lock"
+
+    @property
     def exits(self) -> Path:
         return self.home / "exits.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.home / "events.jsonl"
+
+    @property
     def config(self) -> Path:
         return self.config_dir / "config.toml"
+
+    @property
+    def token(self) -> Path:
+        """Who may come in over HTTP; the server reads it."""
+        return self.config_dir / "token"
 
     @property
     def env_file(self) -> Path:
@@ -82,7 +104,7 @@ class Paths:
         return self.run / f"engine-{slot}.sock"
 
     def log(self, name: str) -> Path:
-        """`name`: supervisor, server or engine-N."""
+        """`name`: supervisor, server, engine-N or recovery."""
         return self.logs / f"{name}.log"
 
     def dump(self, name: str) -> Path:
@@ -119,6 +141,23 @@ def prepare(paths: Paths) -> None:
         own_directory(directory)
 
 
+def purge(paths: Paths) -> None:
+    """Remove every file that mlxd keeps, and the directories that are empty then: somebody's models may lie there, too. Raises OSError."""
+    for directory, names in (
+        (paths.run, ("*.sock", "*.stack", "lease")),
+        (paths.logs, ("*.log",)),
+        (paths.home, ("mlxd.pid", "mlxd.lock", "state.json", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
+        (paths.config_dir, ("config.toml", ".env", "token")),
+    ):
+        for name in names:
+            for file in (*directory.glob(name), *directory.glob(f".{name}-*")):  # a death in `write_atomically` leaves the latter
+                file.unlink()
+    shutil.rmtree(paths.views, ignore_errors=True)  # of links, which it does not follow
+    for directory in (paths.run, paths.logs, paths.config_dir, paths.home):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
 def own_directory(directory: Path) -> None:
     """`directory` as a private directory of ours: made if missing, 0700. Raises ConfigError."""
     try:
@@ -150,17 +189,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     A naive write, killed at random, left 49 of 150 files torn; this one none of 150.
     """
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(fd, "wb") as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+            Path(file.name).replace(path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                Path(file.name).unlink()
+            raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -168,18 +206,101 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
+def clear_unfinished(paths: Paths) -> None:
+    """Remove what writers that were killed left half written. Nobody else may be writing."""
+    for file in (paths.pid_file, paths.state, paths.loading, paths.aliases, paths.exits):
+        for left in file.parent.glob(f".{file.name}-*"):
+            left.unlink(missing_ok=True)
+
+
 def open_log(path: Path | str) -> int:
-    """A descriptor that writes at the end of a log, made if need be; no link is followed. Raises OSError."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A descriptor that writes at the end of a log, a regular file, made if need be; no link is followed. Raises OSError."""
+    return open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def open_log_anyway(path: Path | str) -> tuple[int, str]:
+    """The same, and ""; where there can be no log, a descriptor that leads nowhere, and why: what writes it serves all the same."""
+    try:
+        return open_log(path), ""
+    except OSError as error:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), error.strerror or str(error)
+
+
+def append(path: Path, line: bytes) -> None:
+    """A line at the end of a log, all of it or nothing. Raises OSError."""
+    fd = open_log(path)
+    try:
+        size = os.fstat(fd).st_size
+        if os.write(fd, line) < len(line):  # the disk is full
+            os.ftruncate(fd, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+    finally:
+        os.close(fd)
+
+
+def open_own(path: Path | str, flags: int) -> int:
+    """A descriptor of a regular file of ours; no link is followed, nothing else is waited for. Raises OSError."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+        return fd
+    os.close(fd)
+    if stat.S_ISREG(found.st_mode):
+        raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}, not to you", path)
+    raise OSError(errno.EINVAL, "it is not a regular file", path)
+
+
+def read_own(path: Path, limit: int = -1) -> bytes:
+    """A regular file of ours, or its first `limit` bytes. Raises OSError."""
+    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+        return file.read(limit)
 
 
 def read_small(path: Path, limit: int = 64 * 1024) -> bytes | None:
     """The first `limit` bytes of a regular file of ours, not following a link; None when there is no such file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # missing, a link (ELOOP), a directory's or a socket's own refusals: nothing to read
-        return None
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return None
+    with opened(path) as file:
+        return file.read(limit) if file is not None else None
+
+
+def read_end(path: Path, limit: int) -> bytes:
+    """The last `limit` bytes of a regular file of ours; b"" when there is no such file."""
+    with opened(path) as file:
+        if file is None:
+            return b""
+        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
         return file.read(limit)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes] | None]:
+    """A regular file of ours, to be read, not following a link; None when there is no such file."""
+    try:
+        fd = open_own(path, os.O_RDONLY)
+    except OSError:  # missing, a link (ELOOP), a socket, another user's: nothing to read
+        yield None
+        return
+    with os.fdopen(fd, "rb") as file:
+        yield file
+
+
+def read_private(path: Path, limit: int) -> bytes | None:
+    """What a file for secrets holds; None when there is none. Raises ConfigError when others could read or exchange it."""
+    try:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+            mode, data = os.fstat(file.fileno()).st_mode, file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"cannot use {path}: {why}; put a file of your own there and `chmod 600` it, or remove it") from error
+    if mode & 0o077:
+        raise ConfigError(f"others may read {path}: `chmod 600 {path}`, and change what is in it if they could")
+    if len(data) > limit:
+        raise ConfigError(f"{path} is larger than {limit} bytes")
+    return data
+
+
+def remove(path: Path) -> None:
+    """Of a file that is gone, or a directory in its place, nothing is said: the next start looks at it again."""
+    with contextlib.suppress(OSError):
+        path.unlink()

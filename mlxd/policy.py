@@ -222,8 +222,8 @@ class Death:
 
     `wanted`: its owner still wants one. `ordered`: mlxd ended it for reasons that are not its fault. `unfit`: it said, or its exit status
     says, that it would fail the same way again. `productive`: since READY it finished a request or emitted 16 tokens.
-    `pressure`: there is evidence that memory ran out. `outside`: KILL or TERM came from somebody else, without such evidence. `rest_s`: the
-    next try is not before.
+    `pressure`: there is evidence that memory ran out. `outside`: KILL or TERM came from somebody else, without such evidence, or the system had
+    no room to start it. `rest_s`: the next try is not before.
     """
 
     wanted: bool = True
@@ -282,11 +282,21 @@ class Health(Enum):
     SICK = "sick"
 
 
-def health(answers: list[bool], misses: int, beat_age_s: float, lag_s: float, most_lag_s: float) -> Health:
-    """`answers`: the last polls, oldest first. `misses` in a row are too many, and so are `misses` of the last five. A server whose beats are
-    fresh and whose loop lag is small is saturated, not dead: a 2 s probe deadline alone cost one site 8 false restarts a day."""
+#: A server that answers now and then is replaced for that once in so long; the next may be no better.
+FLAPPING_S = 300.0
+
+
+def health(answers: list[bool], misses: int, beat_age_s: float, lag_s: float, most_lag_s: float, rested_s: float) -> Health:
+    """`answers`: the last polls, oldest first. `misses` in a row are too many, and so are `misses` of the last five, if for that no server was
+    replaced in the last `rested_s`. A server whose beats are fresh and whose loop lag is small is saturated, not dead: a 2 s probe deadline
+    alone cost one site 8 false restarts a day."""
     if not answers or answers[-1]:
         return Health.WELL
     saturated = beat_age_s < 3.0 and lag_s < most_lag_s
-    too_many = answers[-5:].count(False) >= misses
-    return Health.SICK if too_many and not saturated else Health.DOUBTFUL
+    flapping = answers[-5:].count(False) >= misses and rested_s >= FLAPPING_S
+    return Health.SICK if (is_silent(answers, misses) or flapping) and not saturated else Health.DOUBTFUL
+
+
+def is_silent(answers: list[bool], misses: int) -> bool:
+    """Whether the last `misses` polls were all in vain."""
+    return len(answers) >= misses and not any(answers[-misses:])

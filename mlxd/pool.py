@@ -46,6 +46,8 @@ RECONNECT_S = 0.25
 MOST_UNREAD = 8192
 #: A model needs room for its weights and a fifth of that again before it is loaded beside others.
 ROOM = 1.2
+#: The code of the Refused that says that a model cannot be loaded just now, but will be tried again.
+RETRIED = "retried"
 #: A sweep that comes so much late means that this process was stopped: nothing could be heard meanwhile.
 PAUSE_S = 2.0
 #: Ends of an engine that are not the fault of those who lose it: somebody outside, or mlxd itself, ended it; "deadline": the guilty
@@ -289,9 +291,9 @@ class Pool:
         finally:
             engine.served -= 1
 
-    async def ready(self, engine: Engine, patience_s: float) -> Connection:
+    async def ready(self, engine: Engine, patience_s: float, retry_s: float) -> Connection:
         """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 not before
-        `patience_s` are over."""
+        `patience_s` are over, or it died and is tried again later than in `retry_s`."""
         refusals = engine.refusals
         while True:
             if engine.connection is not None and engine.state == "ready":
@@ -300,8 +302,8 @@ class Pool:
                 raise Refused(
                     400, f"model '{engine.model.name}' cannot be loaded: {engine.cause}", code="model_refused", hopeless=True
                 )
-            if engine.state in ("absent", "retried") and (left := engine.retry_at - now()) > patience_s:
-                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code="retried", retry_s=left)
+            if engine.state in ("absent", "retried") and (left := engine.retry_at - now()) > retry_s:
+                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code=RETRIED, retry_s=left)
             if engine.state == "absent":
                 await self.load(engine, patience_s)
             elif engine.state == "releasing" and engine.connection is not None and not self.making_room.locked():
@@ -309,10 +311,10 @@ class Pool:
             else:
                 await self.changed.wait()
 
-    async def events(self, engine: Engine, entry: Entry, patience_s: float) -> AsyncGenerator[Event, None]:
-        """All events of a request, from as many engines as it takes. The last is Done or Embedded. Raises Refused."""
+    async def events(self, engine: Engine, entry: Entry, patience_s: float, retry_s: float) -> AsyncGenerator[Event, None]:
+        """All events of a request, from as many engines as it takes, each of them `ready`. The last is Done or Embedded. Raises Refused."""
         while True:
-            connection = await self.ready(engine, patience_s)
+            connection = await self.ready(engine, patience_s, retry_s)
             on_trial = entry.suspect
             if on_trial:
                 engine.suspects.append(entry)

@@ -98,13 +98,20 @@ class Port:
         return int(self.sockets[0].getsockname()[1]) if self.sockets else server.port
 
     def address(self, server: Server) -> str:
-        """Where we are reached: a wildcard address is reached by the loopback of its family."""
-        host = self.sockets[0].getsockname()[0] if self.sockets else server.host.replace("localhost", "") or "127.0.0.1"
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        """Where we are reached."""
+        return reached(self.sockets[0].getsockname()[0] if self.sockets else server.host)
 
     def url(self, server: Server) -> str:
-        host = self.address(server)
-        return f"http://[{host}]:{self.number(server)}" if ":" in host else f"http://{host}:{self.number(server)}"
+        return url(self.address(server), self.number(server))
+
+
+def reached(host: str) -> str:
+    """Where a server that listens on `host` is reached: on a wildcard address by the loopback of its family."""
+    return {"": "127.0.0.1", "localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def bind(server: Server) -> list[socket.socket]:
@@ -174,6 +181,14 @@ def answers(kind: socket.AddressFamily, host: str, port: int) -> bool:
 
 def holder(port: int) -> str:
     """Who listens on `port`: "pid 4711 (nc)", or "a process of another user" where the system does not tell."""
+    with contextlib.suppress(psutil.Error):
+        if (process := listener(port)) is not None:
+            return f"pid {process.pid} ({process.name()})"
+    return "a process of another user"
+
+
+def listener(port: int) -> psutil.Process | None:
+    """Who listens on `port` beside ourselves; None when nobody does or the system does not tell."""
     for pid, connection in connections():
         # Our own socket on the other loopback is listening on this number, too.
         if (
@@ -184,8 +199,8 @@ def holder(port: int) -> str:
             and connection.laddr.port == port
         ):
             with contextlib.suppress(psutil.Error):
-                return f"pid {pid} ({psutil.Process(pid).name()})"
-    return "a process of another user"
+                return psutil.Process(pid)
+    return None
 
 
 def connections() -> Iterator[tuple[int | None, Any]]:

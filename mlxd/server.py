@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import resource
@@ -16,13 +17,14 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from email.utils import formatdate
+from pathlib import Path
 
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, openapi
+from mlxd import guard, health, logs, openapi, tokens
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -44,6 +46,8 @@ from mlxd.messages import (
     SupervisorWord,
 )
 
+log = logging.getLogger("mlxd.server")  # __name__ is __main__ in the supervisor's child
+
 #: More connections than this are answered in JSON; more than connections.MOST_OPEN are not heard, so that uvicorn's own limit,
 #: which is plain text for health, too, is never met.
 MOST_CONNECTIONS = 960
@@ -51,6 +55,8 @@ MOST_CONNECTIONS = 960
 MAX_HEAD_BYTES = 64 * 1024
 #: A drain keeps idle connections this long: whoever uses them meanwhile is told to come again by `Connection: close`.
 IDLE_S = 2.0
+#: Of a path in the log.
+MOST_PATH = 200
 #: What interrupted streams get to carry their error to the client.
 FAREWELL_S = 1.0
 
@@ -97,6 +103,22 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/openapi.json", describe),
 ]
 
+#: What goes to Ollama if the model is there and not here.
+FORWARDABLE: set[Endpoint] = {
+    ollama.show,
+    ollama.generate,
+    ollama.chat,
+    ollama.embed,
+    ollama.embeddings,
+    openai.model,
+    openai.chat,
+    openai.complete,
+    openai.embeddings,
+    responses.create,
+    anthropic.messages,
+    anthropic.count_tokens,
+}
+
 
 # --- the app ----------------------------------------------------------------------------------------------------------------------
 
@@ -109,7 +131,15 @@ class Mounted:
         self.endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.endpoint(self.service, scope["exchange"])
+        exchange: Exchange = scope["exchange"]
+        fallback = self.service.fallback if self.endpoint in FORWARDABLE else None
+        exchange.keeps_body = fallback is not None
+        try:
+            await self.endpoint(self.service, exchange)
+        except Refused as refused:
+            if fallback is None or exchange.started:
+                raise
+            await fallback.answer(exchange, refused, error_body)
 
 
 class App:
@@ -125,6 +155,7 @@ class App:
             await self.router(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send, self.service.uploads)
+        logs.request_id.set(exchange.request_id)
         self.service.exchanges.add(exchange)
         try:
             await self.handle(exchange)
@@ -132,11 +163,13 @@ class App:
             if not exchange.left:
                 raise
         except Exception as error:
+            exchange.failed = exchange.started
             if exchange.started:
                 raise
             await refuse(exchange, refusal(error))
         finally:
             self.service.exchanges.discard(exchange)
+            note(exchange)
 
     async def handle(self, exchange: Exchange) -> None:
         """Raises Refused."""
@@ -150,6 +183,7 @@ class App:
             exchange.headers += guard.PREFLIGHT
             await exchange.reply_empty()
             return
+        exchange.access = guard.admit(scope, service.tokens)
         if service.connections() > MOST_CONNECTIONS and not scope["path"].startswith("/health"):
             exchange.headers.append((b"connection", b"close"))
             raise Refused(503, "too many connections", code="too_many_connections", retry_s=1)
@@ -171,9 +205,36 @@ async def refuse(exchange: Exchange, refused: Refused) -> None:
     await asyncio.sleep(0)  # uvicorn itself answers a broken body: from the next turn of the loop on it drops what we send
     if refused.retry_s is not None:
         exchange.headers.append((b"retry-after", str(max(1, math.ceil(refused.retry_s))).encode()))
+    if refused.status == 401:
+        exchange.headers.append((b"www-authenticate", b"Bearer"))
     if refused.hopeless:
         exchange.headers.append((b"x-should-retry", b"false"))
     await exchange.reply(refused.status, error_body(exchange, refused))
+
+
+def note(exchange: Exchange) -> None:
+    """A request's line in the log, at its end. Nothing of what was asked but the path and a known model: no query, no header, no body. Who
+    looks at our health every few seconds is not noted."""
+    method, path = exchange.scope["method"][:20], exchange.scope["raw_path"].decode("latin-1")
+    if exchange.status == 200 and path.startswith("/health"):
+        return
+    path = path if len(path) <= MOST_PATH else path[:MOST_PATH] + "..."
+    fields = {
+        "method": method,
+        "path": path,
+        "status": exchange.status or None,
+        "ms": exchange.age_ns() // 1_000_000,
+        "model": exchange.model,
+        "prompt_tokens": exchange.prompt_tokens,
+        "completion_tokens": exchange.completion_tokens,
+        "end": "left" if exchange.left else "failed" if exchange.failed else "done",
+    }
+    parts = [f"{method} {path}", f"{exchange.status or '-'}", f"{fields['ms']} ms"]
+    if exchange.model is not None:
+        parts += [exchange.model, f"tokens {exchange.prompt_tokens}+{exchange.completion_tokens}"]
+    if fields["end"] != "done":
+        parts.append(fields["end"])
+    log.info("%s", "  ".join(parts), extra={"fields": fields})
 
 
 def error_body(exchange: Exchange, refused: Refused) -> bytes:
@@ -231,6 +292,7 @@ class Process:
         self.settings = settings
         self.link = link
         self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
+        self.service.tokens = tokens.load(Path(settings.token), settings.config)
         self.http = Http(
             uvicorn.Config(
                 App(self.service),
@@ -251,7 +313,7 @@ class Process:
                 timeout_graceful_shutdown=int(FAREWELL_S),
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ),
-            accepting=lambda: link.send(Ready(problems=self.service.missing)),
+            accepting=lambda: link.send(Ready(problems=self.service.problems)),
         )
         self.deadline = math.inf
         self.drained: asyncio.Task[None] | None = None
@@ -263,11 +325,12 @@ class Process:
         self.link.send(Hello(PROTOCOL, "server", os.getpid(), mlxd.__version__, self.settings.nonce))
         loop.add_signal_handler(signal.SIGTERM, self.drain, 0.0)
         self.service.policy = guard.local_policy(
-            config.server.origins, config.security.strict_host, on_loopback(config.server.host)
+            config.server.origins, config.security.hosts, config.security.strict_host, config.server.on_loopback
         )
         self.service.connections = lambda: len(self.connections.open)
-        await self.service.preload()
         sockets = [socket.socket(fileno=fd) for fd in self.settings.listen_fds]
+        self.service.avoid_loop({sock.getsockname()[1] for sock in sockets})
+        await self.service.preload()
         tasks = [
             asyncio.create_task(self.http.serve(sockets)),
             asyncio.create_task(serve(self.link, self.handle, self.orphaned)),
@@ -326,12 +389,6 @@ class Process:
             exchange.interrupt(Refused(503, STOPPING, code="stopping", retry_s=1))
         self.http.close_idle()
         self.http.ending.set()
-
-
-def on_loopback(host: str) -> bool:
-    """Whether a bind address ("" is 127.0.0.1 and ::1) is reached from this machine only."""
-    address = guard.literal(host)
-    return host in ("", "localhost") or (address is not None and address.is_loopback)
 
 
 def main() -> None:

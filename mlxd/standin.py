@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import re
+import resource
 import socket
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ HEAD_S = 5.0
 DRAIN_BYTES = 8 * 1024 * 1024
 DRAIN_S = 5.0
 RETRY_S = 2
-#: Each holds one descriptor of ours; the rest waits in the backlog.
+#: Each holds one descriptor of ours, of which it is a quarter at most; the rest waits in the backlog.
 MOST = 256
 
 
@@ -38,6 +39,8 @@ class StandIn:
         self.health = health
         self.sockets: list[socket.socket] = []
         self.answers: set[asyncio.Task[None]] = set()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.most = MOST if limit == resource.RLIM_INFINITY else min(MOST, limit // 4)
 
     def open(self, sockets: list[socket.socket]) -> None:
         """Accept for ourselves from now on. Opening it again changes nothing."""
@@ -68,13 +71,13 @@ class StandIn:
         task = asyncio.ensure_future(self.answer(connection))
         self.answers.add(task)
         task.add_done_callback(self.answered)
-        if len(self.answers) >= MOST:
+        if len(self.answers) >= self.most:
             for one in self.sockets:
                 self.pause(one)
 
     def answered(self, task: asyncio.Task[None]) -> None:
         self.answers.discard(task)
-        if len(self.answers) == MOST - 1:
+        if len(self.answers) == self.most - 1:
             for sock in self.sockets:
                 self.resume(sock)
 

@@ -50,6 +50,8 @@ def problems(s: Supervisor) -> Iterator[str]:
         yield from s.server.problems
         if s.server.state in (State.BACKOFF, State.COOLDOWN, State.HELD, State.UNKILLABLE):  # an older one still serves
             yield f"the new server cannot start, the old one goes on: {without_server(s, s.server)[1]}"
+    if (missed := s.polls.count(False)) >= s.config.health.misses:
+        yield f"{missed} of the last {len(s.polls)} polls of {s.port.url(s.config.server)}/health had no answer of this mlxd ({s.answer.value})"
     for model, why in s.refusals.items():
         yield f"{model} cannot be loaded: {why}"
     for engine in s.engines:
@@ -76,21 +78,21 @@ def next_try(s: Supervisor, one: Child) -> str:
     return f"next try in {seconds:.0f} s" if seconds >= 1 else "next try now"
 
 
-def why_not(s: Supervisor) -> str:
-    """The sentence of a 503 while no server answers."""
+def sentence(s: Supervisor) -> str:
+    """Of a 503 while no server answers, and for systemd; the reason is not for those who may have no token."""
     state, reason = overall(s)
-    return f"mlxd is {state}: {reason}" if reason else f"mlxd is {state}"
+    return f"mlxd is {state}: {reason}" if reason and not s.tokens else f"mlxd is {state}"
 
 
 def health(s: Supervisor) -> dict[str, object]:
     """/health while no server answers."""
     state, reason = overall(s)
-    return {
-        "status": "loading",
+    who: dict[str, object] = {"status": "loading", "nonce": s.nonce, "version": __version__}
+    if s.tokens:
+        return who
+    return who | {
         "state": state,
         "reason": reason,
-        "nonce": s.nonce,
-        "version": __version__,
         "engines": [],
         "queue": {"running": 0, "waiting": 0},
         "memory": None,
@@ -125,16 +127,30 @@ def report(s: Supervisor) -> dict[str, Any]:
         "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),
         "control": str(s.paths.control),
+        "ollama": {"url": s.config.ollama.url.rstrip("/")},
     }
 
 
 def notes(s: Supervisor) -> Iterator[str]:
-    """Advice, which is no problem."""
+    """What is worth knowing and no problem of those who ask."""
+    if s.papers.problem:
+        yield s.papers.problem
+    for stray in s.left_behind(age_s=1.0):  # who waits for `ready` asks 20 times a second
+        yield f"pid {stray.pid} ({stray.name}) was left behind by {stray.origin} and ends with it"
+    if s.config.supervisor.keep_awake and s.awake.pid is None and s.awake.tried_at > s.started:
+        yield "the machine may fall asleep: `supervisor.keep_awake` needs macOS's caffeinate, which does not run"
+    if not s.config.server.on_loopback:
+        yield f"other machines reach it at {s.config.server.host}, with a token and without encryption"
     for older, what in ((True, "mlxd restart"), (False, "mlxd restart --supervisor")):
         others = [one for one in s.children() if one.version not in ("", __version__) and (one.since < s.since) is older]
         if others:
             told = ", ".join(f"{one.name} is of mlxd {one.version}" for one in others)
             yield f"{told}, the supervisor of {__version__}: run `{what}`"
+    for one in s.children():
+        if one.log_problem:
+            yield f"{one.name} has no log: {s.paths.log(one.name)}: {one.log_problem}"
+    if s.events.dropped:
+        yield f"{s.events.dropped} events could not be written: {s.events.problem}"
 
 
 def shown(state: State) -> str:

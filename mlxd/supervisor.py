@@ -12,10 +12,12 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
+import functools
 import json
 import logging
 import os
 import random
+import resource
 import secrets
 import signal
 import socket
@@ -26,7 +28,27 @@ from typing import Any
 
 import psutil
 
-from mlxd import __version__, causes, child, config, desk, handover, leftovers, link, messages, monitor, paths, policy, status
+from mlxd import (
+    __version__,
+    causes,
+    child,
+    config,
+    desk,
+    events,
+    handover,
+    hook,
+    leftovers,
+    link,
+    logs,
+    messages,
+    monitor,
+    paths,
+    policy,
+    status,
+    strays,
+    tokens,
+)
+from mlxd.awake import Awake
 from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
@@ -34,6 +56,8 @@ from mlxd.errors import ConfigError, MlxdError
 from mlxd.exits import Exits
 from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
+from mlxd.notify import Notifier
+from mlxd.papers import Papers
 from mlxd.policy import Action, Event, Health, State
 from mlxd.ports import Port
 from mlxd.standin import StandIn
@@ -52,8 +76,14 @@ MOST_DRAINING = 8
 DUMP_S = 1.0
 #: Resumed requests prefill for so long after an engine is ready (8 of 200 tokens: 0.4-0.55 s): no spare takes a core from them.
 SETTLE_S = 0.6
+#: A log that was cut is looked at again so soon: 100 MB/s do not bring it to twice the limit of 50 MiB.
+LOG_AGAIN_S = 0.5
 #: How often, in ticks, the lock and the PID file are looked at.
 LOOK_TICKS = 30
+#: How often, in ticks, children are looked at for descriptors and processes without end.
+EXCESS_TICKS = 5
+#: What a child left behind is looked for so long after something has ended, once for all that ends meanwhile: a look costs some milliseconds.
+STRAYS_S = 0.1
 
 #: A program that is not there, or cannot be one: trying again would not help.
 UNFIT_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
@@ -77,6 +107,7 @@ class Supervisor:
         self,
         where: paths.Paths,
         settings: Config,
+        tokens: str,
         flags: dict[str, Any],
         lock: Lock,
         handed: handover.Handover | None = None,
@@ -84,11 +115,13 @@ class Supervisor:
         self.paths = where
         self.handed = handed  # by the supervisor that this process was before
         self.config = settings
+        self.tokens = tokens  # their stamp, "" while no token is needed
         self.flags = flags
         self.lock = lock
         self.nonce = secrets.token_hex(16)
         self.boot = leftovers.boot_id()
-        self.boots = Boots(where.loading, self.boot)
+        self.papers = Papers()
+        self.boots = Boots(where.loading, self.boot, self.papers)
         self.server: Child | None = None
         self.retired: list[Child] = []  # servers that drain while a newer one accepts
         self.engines: list[Child] = []
@@ -98,10 +131,15 @@ class Supervisor:
         self.awaited: dict[int, asyncio.Future[int]] = {}  # wait statuses of processes that are no children, by pid
         self.handing_over = False
         self.runs = 1  # how many supervisors this process has been
+        self.notifier = Notifier.of(os.environ)
+        self.awake = Awake()
         self.bug: BaseException | None = None
         self.poll: asyncio.Task[None] | None = None
-        self.port = Port(StandIn(lambda: status.why_not(self), lambda: status.health(self)))
-        self.exits = Exits(where.exits)
+        self.port = Port(StandIn(lambda: status.sentence(self), lambda: status.health(self)))
+        self.exits = Exits(where.exits, self.papers)
+        self.events = events.Events(where.events)
+        self.hook = hook.Hook(lambda: self.config.events, self.outcome, self.keep)
+        self.told = ""  # of the overall state: the last event
         self.lease: int | None = None
         self.refusals: dict[str, str] = {}  # preloaded models that cannot be loaded, and why
         self.first_token = False  # a preloaded model has given one in this run
@@ -109,6 +147,13 @@ class Supervisor:
         self.lease_problem = ""
         self.config_problem = ""
         self.polls: list[bool] = []
+        self.answer = monitor.Answer.OURS  # to the last poll
+        self.flapped_at = float("-inf")  # when a server was last replaced because it answered now and then
+        self.terminal = False  # whether we shall end with one
+        self.strays: list[strays.Stray] = []  # when last looked for
+        self.strays_at = float("-inf")
+        self.strays_due: asyncio.TimerHandle | None = None
+        self.processes = child.processes()  # of the machine; the fewest that were seen
         self.ticks = 0
 
     # --- life, read downward -----------------------------------------------------------------------------------------------------
@@ -119,20 +164,27 @@ class Supervisor:
         self.done = asyncio.Event()
         self.started = self.moved_at = self.since = self.loop.time()
         self.watch_signals()
-        become_subreaper()
+        strays.become_subreaper()
+        here = f"pid {os.getpid()}, in {self.paths.home}"
         if self.handed is None:
+            self.say("started", f"mlxd {__version__} has started, {here}")
             self.sweep()
-            self.lock.show()
             self.control = desk.Desk(desk.listen(self.paths.control), self.verbs())
+            self.lock.show()
             self.begin()
         else:
             await handover.adopt(self, self.handed)
+            self.say("supervisor_replaced", f"mlxd {__version__} goes on, {here}")
         self.control.open()
         self.files = self.watch_files()
+        self.notifier.ready()
         self.keep(self.tick_forever())
         await self.done.wait()
         if self.bug is not None:
             raise self.bug  # end loudly: the links close, every child follows, and launchd or systemd starts us again
+        await self.end_strays()
+        self.say("stopped", "mlxd has stopped")
+        await self.hook.finish()
         self.end()
         return 0
 
@@ -153,7 +205,8 @@ class Supervisor:
         """Drain and stop; the second time skips the drain, the third kills."""
         self.stopping += 1
         if self.stopping == 1:
-            log.info("stopping: %s", why)
+            self.say("stopping", f"mlxd is stopping: {why}")
+            self.notifier.stopping()
             self.port.leave()
             self.boots.pass_trials()  # a machine that goes down now does so because it was told to
             for one in list(self.servers()):
@@ -193,12 +246,25 @@ class Supervisor:
         self.port.close()
         for timer in self.timers.values():
             timer.cancel()
+        self.awake.keep(False, self.loop.time())
         self.remember()
-        self.paths.control.unlink(missing_ok=True)
+        paths.remove(self.paths.control)
         if not any(one.pid is not None for one in self.children()):
-            self.paths.state.unlink(missing_ok=True)
+            paths.remove(self.paths.state)
         self.lock.withdraw()
-        log.info("stopped")
+
+    def say(self, event: str, text: str, one: Child | None = None, end: ExitRecord | None = None) -> None:
+        """An event of docs/events.md: one line in the log, one in events.jsonl, one for the event command. `one`: None for mlxd itself."""
+        told = self.events.add(
+            event,
+            text,
+            child=one.name if one else None,
+            model=one.model if one else None,
+            pid=(end.pid or None) if end else one.pid if one else os.getpid(),
+            cause=end.cause if end else None,
+        )
+        log.info("%s", told.text, extra={"fields": told.fields})
+        self.hook.tell(told)
 
     # --- children ----------------------------------------------------------------------------------------------------------------
 
@@ -218,8 +284,8 @@ class Supervisor:
         if one.state is not before or action is Action.SPAWN:
             self.moved_at = self.loop.time()
             self.set_deadline(one, self.patience(one))
-            text = f", {one.hold}" if one.state in (State.HELD, State.UNKILLABLE) else ""
-            log.info("%s: %s -> %s (%s)%s", one.title, before.value, one.state.value, event.value, text)
+            log.info("%s: %s -> %s (%s)", one.title, before.value, one.state.value, event.value)
+            self.tell_of(one, event)
         self.perform(one, action)
         if one.state is State.STOPPED:
             self.forget(one)
@@ -228,6 +294,19 @@ class Supervisor:
             self.check_done()
         self.mind_the_port()
         self.mind_the_spare()
+
+    def tell_of(self, one: Child, event: Event) -> None:
+        """What a new state of a child is to others."""
+        if event is Event.MENDED:
+            self.say("mended", f"{one.title} is not held any more", one)
+        match one.state:
+            case State.READY:
+                self.say("readied", f"{one.title} is ready, pid {one.pid}", one)
+            case State.COOLDOWN:
+                wait_s = self.config.supervisor.cooldown_s
+                self.say("cooled_down", f"{one.title} died {len(one.counted)} times; one try every {wait_s:g} s from now on", one)
+            case State.HELD | State.UNKILLABLE:
+                self.say("held", f"{one.title} is held: {one.hold}", one)
 
     def perform(self, one: Child, action: Action) -> None:
         match action:
@@ -336,6 +415,7 @@ class Supervisor:
             stack=str(self.paths.dump(one.name)),
             listen_fds=[s.fileno() for s in self.port.sockets] if one.kind == "server" else [],
             aliases=str(self.paths.aliases) if one.kind == "server" else "",
+            token=str(self.paths.token) if one.kind == "server" else "",
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
@@ -344,7 +424,7 @@ class Supervisor:
         try:
             end = one.spawn(argv, settings, inherited, self.loop.time())
         except OSError as error:
-            problem = f"cannot start {error.filename or one.name}: {error.strerror}"
+            problem = f"cannot start {error.filename or one.name}: {child.why_unfit(argv[0], error)}"
             if error.filename == argv[0] and error.errno in UNFIT_PROGRAM:
                 one.hold, one.hold_cause = problem, "fault"
             with contextlib.suppress(ConfigError):  # a directory of ours may have been removed; without it, too, we try again
@@ -361,6 +441,18 @@ class Supervisor:
         task.add_done_callback(self.finished)
         return task
 
+    async def outcome(self, pid: int, limit_s: float) -> int | None:
+        """The exit status, negative for a signal, of a process that leads a group and is no child; None when it took too long. What is left of
+        its group is killed."""
+        self.awaited[pid] = ended = self.loop.create_future()
+        try:
+            await asyncio.wait([ended], timeout=limit_s)
+        finally:
+            del self.awaited[pid]
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(ended.result()) if ended.done() else None
+
     def finished(self, task: asyncio.Task[Any]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
@@ -369,6 +461,8 @@ class Supervisor:
 
     def reap(self) -> None:
         """SIGCHLD: every process that has ended, ours or (as subreaper) left to us by one of ours."""
+        if self.strays_due is None:
+            self.strays_due = self.loop.call_later(STRAYS_S, self.kill_strays)
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -380,13 +474,40 @@ class Supervisor:
                 if not waiting.done():
                     waiting.set_result(status)
                 continue
+            if self.awake.ended(pid):
+                continue
             one = next((c for c in self.children() if c.pid == pid and c.alive), None)
-            if one is None:
-                log.info("reaped pid %d, a grandchild", pid)
+            if one is None:  # a grandchild
                 continue
             one.kill()  # what it forked is still in its group
             one.alive = False
             self.keep(self.bury(one, status))
+
+    def left_behind(self, age_s: float = 0.0) -> list[strays.Stray]:
+        """Processes that our children left to us, as they were at most so long ago."""
+        now = self.loop.time()
+        if now - self.strays_at >= age_s:
+            known = {*self.awaited, *(one.pid for one in self.children() if one.pid is not None)}
+            self.strays, self.strays_at = strays.find(self.nonce, known), now
+        return self.strays
+
+    def kill_strays(self) -> int:
+        """What a child left behind ends with it; the number of those that have not ended yet."""
+        self.strays_due = None
+        # The next process may have the name already: what is older than it is not its.
+        living = {one.name: one.identity for one in self.children() if one.alive}
+        found = [stray for stray in self.left_behind() if stray.began < living.get(stray.origin, float("inf"))]
+        for stray in found:
+            log.warning("pid %d (%s), left behind by %s, is killed", stray.pid, stray.name, stray.origin)
+            stray.kill()
+        return len(found)
+
+    async def end_strays(self) -> None:
+        """All of them, and what they leave in turn; one that does not die is left alone."""
+        for _ in range(1 + round(self.config.supervisor.kill_s / STRAYS_S)):
+            if not self.kill_strays():
+                return
+            await asyncio.sleep(STRAYS_S)
 
     async def bury(self, one: Child, status: int) -> None:
         """Hear the last words of a process that has ended, then say so."""
@@ -401,6 +522,7 @@ class Supervisor:
         self.set_deadline(one, None)
         if one.refusal is not None or one in self.retired:
             one.wanted = False
+        again = bool(error) and one.died_of == causes.SPAWN.name  # each second, perhaps for hours: one record tells it all
         death, record = one.buried(status, now, self.paths, error)
         self.ease(one, record)
         limits = self.config.supervisor
@@ -413,7 +535,8 @@ class Supervisor:
             one.hold_cause = "memory"
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
         one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
-        self.record(record)
+        if not again:
+            self.record(one, record)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
             if event is Event.GONE:
@@ -478,10 +601,13 @@ class Supervisor:
                 wait_s = MEMORY_WAIT_S if engine.hold_cause == "memory" else self.config.supervisor.cooldown_s
             self.tell_servers(EngineDown(engine.slot, engine.model, record.cause, "retried", wait_s))
 
-    def record(self, record: ExitRecord) -> None:
+    def record(self, one: Child, record: ExitRecord) -> None:
         how = f"signal {record.signal}" if record.signal is not None else f"status {record.code}"
-        ended = f"{record.child} pid {record.pid} ended: {record.cause} ({how}) after {record.up_s:.1f} s"
-        log.info("%s: it %s", ended, record.remedy)
+        event = "ended" if record.cause == causes.STOPPED.name else "died"
+        text = f"{one.title} {event}, pid {record.pid}: {record.cause} ({how}) after {record.up_s:.1f} s: it {record.remedy}"
+        if one.refusal is not None:
+            text += f": {one.refusal}"
+        self.say(event, text, one, record)
         self.exits.add(record)
         self.tell_servers(messages.Exited(record))
 
@@ -691,7 +817,7 @@ class Supervisor:
 
     def wake_up(self) -> None:
         """The machine slept, or we were stopped: everything looks late now. Look again before judging."""
-        log.info("time has passed unseen; every deadline begins anew")
+        self.say("slept", "mlxd has not run for a while, or the machine slept; every deadline begins anew")
         now = self.loop.time()
         for one in self.children():
             one.beat_at = one.progress_at = now
@@ -713,22 +839,29 @@ class Supervisor:
                 one.tuning = messages.Tuning()
                 if one.model is not None:
                     self.boots.pass_trial(one.model)
-            if child.shorten_log(self.paths.log(one.name), limits.log_bytes, limits.log_keep_bytes):
-                log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
+            if self.look_at_log(one):
+                self.loop.call_later(LOG_AGAIN_S, self.look_at_log, one)
         child.shorten_log(self.paths.log("supervisor"), limits.log_bytes, limits.log_keep_bytes)
+        self.look_at_state()
         self.let_go()
         self.mind_the_spare()
         self.mend_control()
+        if self.ticks % EXCESS_TICKS == 0:
+            self.look_at_excess()
         if self.ticks % max(1, round(limits.hold_s)) == 0:
             self.look_at_holds()
+            self.papers.retry()
         if self.ticks % LOOK_TICKS == 0:
             self.lock.mend()
+        self.awake.keep(limits.keep_awake and not self.stopping, now)
+        self.notifier.status(status.sentence(self))
+        self.notifier.ping(now)  # last: everything above has been looked at
 
     def mend_control(self) -> None:
         """A cleaner of temporary files was here: without its name nobody finds the control socket."""
         if not self.paths.control.exists() and not self.handing_over:
             log.warning("the control socket was removed; it is put back")
-            with contextlib.suppress(OSError, ConfigError):  # the next look tries again
+            with contextlib.suppress(ConfigError):  # the next look tries again
                 paths.prepare(self.paths)
                 self.control.move(desk.listen(self.paths.control))
 
@@ -752,6 +885,51 @@ class Supervisor:
         health = self.config.health
         if now - one.progress_at > (health.stalled_prefill_s if one.counters.prefilling else health.stalled_s):
             self.accuse(one, "stalled")
+
+    def look_at_excess(self) -> None:
+        """Descriptors and processes that are never given back end with a child, or a machine, on which nothing can be started any more."""
+        now = child.processes()
+        self.processes = min(self.processes, now)
+        crowded = now - self.processes > child.MOST_PROCESSES
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        descriptors = float("inf") if limit == resource.RLIM_INFINITY else limit * child.MOST_DESCRIPTORS
+        for one in self.children():
+            if one.alive and one.state in RUNNING and not one.suspicion and (what := one.exceeds(descriptors, crowded)):
+                log.warning("%s %s", one.title, causes.CAUSES[what].what)
+                one.suspicion = what
+                if one is self.server and one.state is State.READY:
+                    self.restart_server()  # its streams may end
+                else:
+                    self.handle(one, Event.SICK)
+
+    def look_at_log(self, one: Child) -> bool:
+        """See that its log is there and not too long; what is wrong is told once, until it is over. True: it was cut."""
+        limits, path = self.config.supervisor, self.paths.log(one.name)
+        one.mend_log(path)
+        if one.log_problem:
+            with contextlib.suppress(ConfigError):  # the directory may have been removed
+                paths.own_directory(self.paths.logs)
+                one.mend_log(path)
+        if one.log_problem and not one.log_lost:
+            self.say("log_lost", f"{one.title} has no log ({path}: {one.log_problem}); its lines are lost until it has", one)
+        one.log_lost = bool(one.log_problem)
+        cut = one.shorten_log(path, limits, self.loop.time())
+        one.flooding &= bool(one.cuts)
+        if cut and not one.flooding:
+            log.warning("the log of %s was over %d bytes and was cut", one.name, limits.log_bytes)
+            if one.floods(limits):
+                one.flooding = True
+                self.say("log_flooded", f"{one.title} floods its log; the end of it is kept, under {limits.log_bytes} bytes", one)
+        return cut
+
+    def look_at_state(self) -> None:
+        """Tell when mlxd as a whole is ready, degraded or neither. Looked at once a second: what ends sooner is not told."""
+        state, reason = status.overall(self)
+        event = state if state in ("ready", "degraded") else "unavailable"
+        if event == self.told or self.stopping or (state == "starting" and not self.told):
+            return
+        self.told = event
+        self.say(event, f"mlxd is {event}: {reason}" if reason else f"mlxd is {event}")
 
     def look_at_holds(self) -> None:
         """HELD ends when its cause does."""
@@ -781,10 +959,13 @@ class Supervisor:
         answer = await monitor.poll(*where, self.nonce, health.max_time_s)
         if server.pid != pid or server.state is not State.READY:
             return  # about an earlier process
-        self.polls = [*self.polls[-4:], answer is monitor.Answer.OURS]
-        beat_age_s = self.loop.time() - server.beat_at
-        match policy.health(self.polls, health.misses, beat_age_s, server.counters.loop_lag_s, health.lag_s):
+        now = self.loop.time()
+        self.polls, self.answer = [*self.polls[-4:], answer is monitor.Answer.OURS], answer
+        beat_age_s, lag_s, rested_s = now - server.beat_at, server.counters.loop_lag_s, now - self.flapped_at
+        match policy.health(self.polls, health.misses, beat_age_s, lag_s, health.lag_s, rested_s):
             case Health.SICK:
+                if not policy.is_silent(self.polls, health.misses):
+                    self.flapped_at = now
                 log.warning("the server does not answer /health (%s)", answer.value)
                 server.suspicion = "unresponsive"
                 server.dump_stack()
@@ -796,7 +977,8 @@ class Supervisor:
         # Its threads take no signals: a hand-over could not block them there.
         with handover.blocked_signals():
             files = monitor.Files(
-                [self.paths.config, self.paths.env_file, self.paths.pid_file, self.paths.lock], self.look_at_files
+                [self.paths.config, self.paths.env_file, self.paths.token, self.paths.pid_file, self.paths.lock],
+                self.look_at_files,
             )
             try:
                 files.start()
@@ -809,7 +991,7 @@ class Supervisor:
             return
         if changed & {self.paths.pid_file, self.paths.lock}:
             self.lock.mend()
-        if changed & {self.paths.config, self.paths.env_file}:
+        if changed & {self.paths.config, self.paths.env_file, self.paths.token}:
             self.try_reload()
 
     def mind_the_port(self) -> None:
@@ -824,13 +1006,14 @@ class Supervisor:
     def remember(self) -> None:
         """Let the next supervisor find what we leave behind if we are killed."""
         left = [found for one in self.children() if (found := one.leftover(self.nonce)) is not None]
-        leftovers.remember(self.paths, self.boot, left)
+        self.papers.write(self.paths.state, leftovers.memory_of(left, self.boot))
 
     def sweep(self) -> None:
         """End what an earlier run left behind, if it is provably ours; what is not is waited for, since it may hold a model's memory."""
         limits = self.config.supervisor
         leftovers.sweep(leftovers.recall(self.paths, self.boot), limits.term_s, limits.kill_s)
         self.take_lease(link.LAST_S + 1.0)
+        paths.clear_unfinished(self.paths)
 
     @property
     def obstacle(self) -> str:
@@ -849,14 +1032,22 @@ class Supervisor:
     # --- verbs and signals ---------------------------------------------------------------------------------------------------------------
 
     def watch_signals(self) -> None:
-        self.dump = open(self.paths.log("supervisor"), "a")  # noqa: SIM115 open for ever: a dump is no time to open a file
+        self.dump, _ = paths.open_log_anyway(self.paths.log("supervisor"))  # open for ever: a dump is no time to open a file
         # Not faulthandler.register, which dumps between any two machine instructions and has crashed on frames that were just being made:
         # this waits for the interpreter, which only native code could keep from it, and a supervisor has none that is long.
         signal.signal(signal.SIGUSR1, lambda number, frame: faulthandler.dump_traceback(self.dump))
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
-        self.loop.add_signal_handler(signal.SIGHUP, self.try_reload)
+        self.terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: outlive it
+        self.loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         self.loop.add_signal_handler(signal.SIGCHLD, self.reap)
+
+    def hang_up(self) -> None:
+        """HUP: a terminal that closes takes what runs in its foreground with it; to a daemon it says to read its configuration again."""
+        if not self.terminal or has_terminal():
+            self.try_reload()
+        elif not self.stopping:  # the shell and the system may both say so
+            self.stop("its terminal was closed")
 
     def try_reload(self) -> None:
         """Nobody waits for the answer: a refusal is told in `status` and in the log."""
@@ -897,10 +1088,12 @@ class Supervisor:
         if self.handing_over:
             raise MlxdError("the supervisor is being replaced already")
         self.handing_over = True
+        self.notifier.reloading()
         try:
             await handover.hand_over(self)
         finally:
             self.handing_over = False
+            self.notifier.ready()
 
     def refuse_when_stopping(self) -> None:
         """Raises MlxdError."""
@@ -930,43 +1123,48 @@ class Supervisor:
         self.handle(one, Event.RENEWED)
         one.ordered = one.alive and one.state in LEAVING
 
-    def load_config(self) -> Config:
-        return load(self.paths, self.flags)
-
     def reload(self, restart: bool = False) -> list[str]:
         """Apply the files as they are now; returns the changed names. Raises MlxdError, and then the old configuration stays.
 
-        A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong; with `restart` the
-        server in any case, and engines that are not of our version, or wait for their next try.
+        A server or an engine is replaced if what it reads has changed, or if it is held because something was wrong that may be right now;
+        with `restart` the server in any case, and engines that are not of our version, or wait for their next try.
         """
+        self.notifier.reloading()
         try:
-            new, old = self.load_config(), self.config
+            (new, stamp), old = load(self.paths, self.flags), self.config
             if (new.server.port, new.server.host) != (old.server.port, old.server.host) and not self.obstacle:
                 self.port.move(new.server, old.server.host)
         except MlxdError as error:
             self.config_problem = str(error)
-            log.error("the new configuration is refused, the old one stays: %s", error)
+            self.say("reload_refused", f"mlxd: the new configuration is refused, the old one stays: {error}")
             raise
-        self.config, self.config_problem = new, ""
-        changed = differences(old, new)
+        finally:
+            self.notifier.ready()
+        changed = differences(old, new) + (["token"] if stamp != self.tokens else [])
+        mended = bool(self.config_problem)
+        self.config, self.tokens, self.config_problem = new, stamp, ""
         if changed:
-            log.info("the configuration changed: %s", ", ".join(changed))
-        if not changed and not restart:
+            if new.log != old.log:
+                begin_log(self.paths.log("supervisor"), new.log.format)
+            self.say("reloaded", f"mlxd: the configuration changed: {', '.join(changed)}")
+        if not (changed or mended or restart):
             return []
         for engine in list(self.engines):
             outdated = engine.pid is None or engine.version not in ("", __version__)
             if config.of_engine(new) != config.of_engine(old) or engine.hold_cause == "fault" or (restart and outdated):
                 self.renew(engine)
         server_held = self.server is not None and self.server.hold_cause == "fault"
-        if config.of_server(new) != config.of_server(old) or server_held or restart:
+        if config.of_server(new) != config.of_server(old) or "token" in changed or server_held or restart:
             self.restart_server()
         self.look_at_holds()
         return changed
 
 
-def load(where: paths.Paths, flags: dict[str, Any]) -> Config:
-    """The configuration as a daemon reads it: its own .env only."""
-    return config.load(where.config, [where.env_file], os.environ, flags).config
+def load(where: paths.Paths, flags: dict[str, Any]) -> tuple[Config, str]:
+    """The configuration as a daemon reads it (its own .env only), and the stamp of the tokens. Raises ConfigError."""
+    settings = config.load(where.config, [where.env_file], os.environ, flags).config
+    found = tokens.load(where.token, settings)
+    return settings, found.stamp if found else ""
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -983,22 +1181,18 @@ def last_line(text: str) -> str:
     return text.rstrip().rpartition("\n")[2] or "it said nothing"
 
 
-def become_subreaper() -> None:
-    """Daemonised grandchildren come back to us instead of to init (Linux only; macOS has no such thing)."""
-    if sys.platform == "linux":
-        import ctypes
+def has_terminal() -> bool:
+    """Whether this session has a controlling terminal, and it is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
-
-def begin_log(path: Path) -> None:
-    """Our log: one line an event, to the file, and to stderr where a person looks on."""
-    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
-    if sys.stderr.isatty():
-        handlers.append(logging.StreamHandler())
-    logging.raiseExceptions = False  # a full disk is no reason to stop supervising
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", handlers=handlers)
+def begin_log(path: Path, form: str) -> None:
+    """Our log goes to the file, and to stderr where a person looks on."""
+    logs.begin(form, functools.partial(paths.append, path), *([logs.to_stderr] if sys.stderr.isatty() else []))
 
 
 def main(arguments: list[str]) -> int:
@@ -1019,19 +1213,18 @@ def main(arguments: list[str]) -> int:
             return 0 if handed is not None and handed.settings else 1
         if handed is None:
             paths.prepare(where)
-            settings, lock = load(where, flags), Lock(where)
+            (settings, stamp), lock = load(where, flags), Lock(where)
         else:
-            settings, lock = handed.settings, Lock(where, handed.lock_fd)
+            settings, stamp, lock = handed.settings, handed.tokens, Lock(where, handed.lock_fd)
+        begin_log(where.log("supervisor"), settings.log.format)
+        link.raise_nofile(8192)
+        return asyncio.run(Supervisor(where, settings, stamp, flags, lock, handed).run())
     except AlreadyRunning as running:
         print(running, file=sys.stderr)
         return running.exit_status
     except MlxdError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_status
-    begin_log(where.log("supervisor"))
-    link.raise_nofile(8192)
-    log.info("mlxd %s, pid %d, in %s%s", __version__, os.getpid(), where.home, ", goes on" if handed is not None else "")
-    return asyncio.run(Supervisor(where, settings, flags, lock, handed).run())
 
 
 if __name__ == "__main__":

@@ -69,10 +69,14 @@ class Daemon:
 
     # --- doing ------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> subprocess.Popen[bytes]:
-        """`mlxd run`, in the foreground of a background process."""
+    def run(self, *through: str) -> subprocess.Popen[bytes]:
+        """`mlxd run`, in the foreground of a background process; `through`: a command that takes it as its last arguments."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlxd", "run"], env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/"
+            [*through, sys.executable, "-m", "mlxd", "run"],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
         )
         self.processes.append(process)
         return process
@@ -122,7 +126,7 @@ class Daemon:
 
     def log(self, name: str = "supervisor") -> str:
         file = self.paths.log(name)
-        return file.read_text(errors="replace") if file.exists() else ""
+        return file.read_text(errors="replace") if file.is_file() else ""
 
     def history(self) -> str:
         return f"status: {json.dumps(self.status(), indent=1)}\nlog:\n{self.log()}"
@@ -206,6 +210,34 @@ def home() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="mlxd-t-"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+class Stubs:
+    """A PATH on which launchctl, systemctl and loginctl are `fake_manager.py`."""
+
+    def __init__(self, directory: Path):
+        directory.mkdir()
+        self.directory = directory
+        for name in ("launchctl", "systemctl", "loginctl"):
+            script = directory / name
+            script.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_manager.py"} {directory} {name} "$@"\n')
+            script.chmod(0o755)
+
+    def script(self, **replies: Any) -> None:
+        """Verb -> [[status, stderr], ...], played before anything else; status None: as always."""
+        (self.directory / "replies.json").write_text(json.dumps(replies))
+
+    def calls(self, program: str) -> list[list[str]]:
+        """What it was asked since the last look."""
+        file = self.directory / "calls.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return [words for name, *words in map(json.loads, lines) if name == program]
+
+
+@pytest.fixture
+def stubs(home: Path) -> Stubs:
+    return Stubs(home / "stubs")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -46,6 +47,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lag", action="store_true", help="the beats tell of a loop that hardly turns")
     parser.add_argument("--die-on-request", action="store_true")
     parser.add_argument("--fork", default="", help="leave a grandchild in our group; its pid goes to this file")
+    parser.add_argument("--daemonise", default="", help="leave a grandchild in a session of its own; its pid goes to this file")
+    parser.add_argument("--bomb", action="store_true", help="when ready: processes in our group that fork for half a minute")
+    parser.add_argument("--zombies", type=int, default=0, help="when ready: start so many processes and never wait for them")
+    parser.add_argument("--leak", action="store_true", help="when ready: open files until there are no more")
+    parser.add_argument("--alone", default="", help="an engine: lock this file, and say so in FILE.broken if somebody else has it")
+    parser.add_argument("--flap", action="store_true", help="a server: every other /health gets no answer")
+    parser.add_argument(
+        "--drip", default="", help="a server: /health comes a byte a second; each says in this file how many there are"
+    )
+    parser.add_argument("--stranger", action="store_true", help="a server: /health is answered with another nonce")
     parser.add_argument("--first", nargs=2, metavar=("N", "FILE"), help="misbehave in the first N processes only")
     parser.add_argument("--after", nargs=2, metavar=("N", "FILE"), help="misbehave in all but the first N processes")
     parser.add_argument("--finished", type=int, default=0, help="requests that the beats tell as finished since ready")
@@ -58,6 +69,7 @@ def parse() -> argparse.Namespace:
         "--complain", type=float, default=-1.0, help="a server: so long after the first engine is up, say it is stalled"
     )
     parser.add_argument("--want", action="append", default=[], help="a server: want this model, preloaded")
+    parser.add_argument("--spew", type=int, default=0, help="so many MiB of noise to stderr when ready, in one line")
     parser.add_argument("--babble", action="store_true", help="write something that is no word to the link")
     found = parser.parse_args()
     if not (found.first or found.after):
@@ -80,6 +92,8 @@ class FakeChild:
         self.accepting: list[socket.socket] = []
         self.ready = False
         self.ready_at = 0.0
+        self.polls = 0
+        self.dripping: list[asyncio.StreamReader] = []
 
     async def run(self) -> None:
         how = self.how
@@ -89,6 +103,11 @@ class FakeChild:
         if how.fork:
             sleeper = subprocess.Popen(["sleep", "600"])  # noqa: ASYNC220 a grandchild that outlives us
             Path(how.fork).write_text(str(sleeper.pid))
+        if how.daemonise:
+            command = "setsid sleep 600 >/dev/null 2>&1 & echo $! > $0.new; mv $0.new $0"
+            subprocess.run(["sh", "-c", command, how.daemonise], check=True)  # noqa: ASYNC221
+        if how.alone and self.kind == "engine":
+            self.lock = lock_alone(Path(how.alone))
         if how.no_hello:
             await asyncio.sleep(3600)
         await asyncio.sleep(how.slow_hello)
@@ -133,6 +152,8 @@ class FakeChild:
                 await asyncio.sleep(self.how.complain)
                 self.how.complain = -1.0
                 self.link.send(messages.Stalled(slot))
+            case messages.Reopen():
+                link.reopen_log(self.settings.log)
             case messages.Stop() | messages.Drain() if not self.how.ignore_term:
                 await self.leave(0)
 
@@ -170,6 +191,17 @@ class FakeChild:
         self.ballast = await asyncio.to_thread(take_memory, self.how.swell * 2**20) if self.how.swell else None
         self.link.send(messages.Ready(model))
         await self.link.writer.drain()
+        for _ in range(self.how.zombies):
+            if os.fork() == 0:
+                os._exit(0)
+        if self.how.bomb:
+            explode()
+        if self.how.leak:
+            with contextlib.suppress(OSError):
+                while True:
+                    os.dup(0)
+        if self.how.spew:
+            await asyncio.to_thread(spew, self.how.spew * 2**20)
         if self.how.hang_gil:
             hold_the_interpreter()
         if self.how.abort:
@@ -194,10 +226,51 @@ class FakeChild:
             head = await reader.readuntil(b"\r\n\r\n")
             if self.how.die_on_request and b"/health" not in head:
                 os._exit(1)
-            body = json.dumps({"status": "ok", "nonce": self.settings.nonce, "pid": os.getpid()}).encode()
+            self.polls += 1
+            if self.how.flap and self.polls % 2 == 0:
+                writer.close()
+                return
+            if self.how.drip:
+                await self.drip(reader, writer)
+                return
+            nonce = "another" if self.how.stranger else self.settings.nonce
+            body = json.dumps({"status": "ok", "nonce": nonce, "pid": os.getpid()}).encode()
             writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
             await writer.drain()
         writer.close()
+
+    async def drip(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until the other side has had enough."""
+        self.dripping.append(reader)
+        with open(self.how.drip, "a") as file:  # noqa: ASYNC230
+            print(len(self.dripping), file=file)
+        asked = asyncio.ensure_future(reader.read())
+        while not asked.done():
+            writer.write(b"H")
+            await asyncio.wait([asked], timeout=1.0)
+        self.dripping.remove(reader)
+        writer.close()
+
+
+def lock_alone(file: Path) -> int:
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.with_suffix(".broken").touch()
+    return fd
+
+
+def explode() -> None:
+    """Twenty processes, each of which forks another one 10 times a second and ends; whatever happens, not for long."""
+    end = time.monotonic() + 30.0
+    for _ in range(20):
+        if os.fork() == 0:
+            while time.monotonic() < end:
+                time.sleep(0.1)
+                if os.fork():
+                    os._exit(0)
+            os._exit(0)
 
 
 def take_memory(size_bytes: int) -> mmap.mmap:
@@ -208,6 +281,13 @@ def take_memory(size_bytes: int) -> mmap.mmap:
     for offset in range(0, size_bytes, mmap.PAGESIZE):
         memory[offset] = 1
     return memory
+
+
+def spew(size_bytes: int) -> None:
+    """Every byte there is but a newline, over and over."""
+    noise = bytes(byte for byte in range(256) if byte != 10) * 256 + b"\x1b[31m\x1b]0;mine\x07"
+    for _ in range(0, size_bytes, len(noise)):
+        os.write(2, noise)
 
 
 def hold_the_interpreter() -> None:

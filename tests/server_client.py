@@ -208,7 +208,7 @@ class Supervised:
         link, theirs = socket.socketpair()
         listen = [sock.fileno() for sock in self.listeners]
         settings = {"config": self.config, "link_fd": theirs.fileno(), "slot": 0, "nonce": "n0nce", "listen_fds": listen}
-        settings |= {"aliases": str(self.home / "aliases.json")}
+        settings |= {"aliases": str(self.home / "aliases.json"), "token": str(self.home / "token")}
         settings |= {"log": str(self.home / "server.log"), "stack": str(self.home / "server.stack")}
         environment = os.environ | {"MLXD_CHILD": msgspec.json.encode(settings).decode(), "HF_HUB_CACHE": str(self.home / "hub")}
         with open(self.home / "server.log", "ab") as log:

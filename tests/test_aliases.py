@@ -190,13 +190,13 @@ def test_two_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path) 
     "text", ["{", "5", '[{"name": 1}]', '[{"name": "a", "base": "b", "modified_at": 0, "parameters": {"seed": "x"}}]']
 )
 def test_a_file_that_is_no_list_of_aliases_is_as_none_and_left_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     path = tmp_path / "aliases.json"
     path.write_text(text)
     store = Aliases(path)
     assert (store.all(), store.all()) == ({}, {})
-    assert capfd.readouterr().err.count("no alias is known: aliases.json in the state directory: ") == 1
+    assert caplog.text.count("no alias is known: aliases.json in the state directory: ") == 1
     status, sentence = refusal(store.put, Alias("a", "b", 0.0))
     assert (status, "mend or remove it" in sentence) == (500, True)
     assert path.read_text() == text

@@ -46,6 +46,14 @@ def test_recovery_loses_nothing_and_says_so() -> None:
     assert "failed 0  refused 0  wrong 0" in table and "replaced 2" in table
 
 
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.full)])
+def test_a_killed_supervisor_is_recovered_without_orphans(kills: int) -> None:
+    told = python(ROOT / "bench" / "recovery.py", "--supervisor", "--kills", str(kills), timeout_s=60 * kills)
+    assert (
+        f"kills of the supervisor {kills}  orphans 0  failed recoveries 0  torn state files 0" in told and "next 200: p50" in told
+    )
+
+
 def test_a_short_soak_answers_everything_as_it_should_be() -> None:
     table = python(ROOT / "bench" / "soak.py", "--requests", "80")
     assert "      80      0 " in table

@@ -66,6 +66,7 @@ BYES = {
     ),
     "RuntimeError: cudaMallocAsync(&buf, size, stream) failed: out of memory": "memory",
     "MemoryError: ": "memory",
+    "OSError: [Errno 28] No space left on device: '/home/me/mlxd/views/engine-1/config.json'": "disk",
     "ModuleNotFoundError: No module named 'sentencepiece'": "import",
     "ImportError: cannot import name 'BatchGenerator' from 'mlx_lm.generate'": "import",
     "ValueError: the model talks of a MemoryError, of Insufficient Memory and of an ImportError": "error",
@@ -131,6 +132,7 @@ def test_whoever_ended_it_decides_who_is_blamed() -> None:
         "paused",
         "stopped",
         "deadline",
+        "disk",
         "victim",
     }
     assert {name for name, cause in CAUSES.items() if cause.pressure} == {"memory"}

@@ -554,8 +554,9 @@ def test_all_that_a_supervisor_knows_is_handed_over_or_made_anew() -> None:
     """Whoever adds an attribute decides here."""
     anew = {"paths", "flags", "handed", "boot", "boots", "exits", "timers", "readers", "tasks", "awaited", "handing_over", "bug"}
     anew |= {"poll", "loop", "done", "since", "files", "dump"} | {"stopping"}  # a supervisor that stops is not replaced
+    anew |= {"papers", "answer", "strays", "strays_at", "strays_due", "processes"}
     named = {"config": "config", "server": "server", "retired": "retired", "engines": "engines", "lock": "lock_fd"}
-    named |= {"port": "port_fds", "control": "control_fd"}
+    named |= {"port": "port_fds", "control": "control_fd", "events": "event_seq", "hook": "untold"}
     tree = ast.parse(Path(supervisor.__file__).read_text())
     assigned = {
         node.attr

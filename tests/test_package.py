@@ -50,9 +50,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-def build_wheel(directory: Path) -> Path:
+def build_wheel(directory: Path, tree: Path = ROOT) -> Path:
     code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, directory], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, directory], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return directory / done.stdout.split()[-1]
 
@@ -109,15 +109,35 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".pth", ".pyc", ".so"))]
     assert "mlxd/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
+    for manager in ("launchd", "systemd"):
+        there = {f"mlxd/{manager}/{file.name}" for file in (ROOT / manager).iterdir()}
+        assert there and there == {name for name in names if name.startswith(f"mlxd/{manager}/")}
     for kind in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         assert [name for name in names if name.startswith("mlxd/builtin/") and name.endswith(f"/{kind}")], (
             f"no {kind} of the built-in model"
         )
 
 
-def test_building_the_wheel_again_gives_the_same_file(wheel: Path, tmp_path: Path) -> None:
-    again = build_wheel(tmp_path)
+def test_building_the_wheel_elsewhere_and_later_gives_the_same_file(wheel: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "elsewhere"
+    for name in ("mlxd", "launchd", "systemd"):
+        shutil.copytree(ROOT / name, tree / name, copy_function=shutil.copyfile)  # with today's times
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copyfile(ROOT / name, tree / name)
+    again = build_wheel(tmp_path, tree)
     assert hashlib.sha256(again.read_bytes()).digest() == hashlib.sha256(wheel.read_bytes()).digest()
+
+
+def test_sec_31_all_that_is_installed_from_outside_is_locked_by_its_hash() -> None:
+    text = (ROOT / "Makefile").read_text()
+    assert "LOCKED = $(PIP) install -q --require-hashes --no-deps --only-binary :all:\n" in text
+    for line in [
+        line for line in text.splitlines() if "install" in line and ("$(PIP)" in line or "$(LOCKED)" in line or "pip " in line)
+    ]:
+        from_a_lock = "$(LOCKED) -r " in line or line.startswith("LOCKED =")
+        assert from_a_lock or "--no-index" in line and "--no-build-isolation" in line and "--no-deps" in line, line
+    readme = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert readme and all("--require-hashes" in line or "--no-build-isolation" in line for line in readme), readme
 
 
 @pytest.mark.parametrize("honest", [True, False], ids=["right", "wrong"])

@@ -125,4 +125,18 @@ def test_the_delay_doubles_to_a_minute_and_spreads_by_a_fifth() -> None:
     ],
 )
 def test_sick_is_told_from_saturated(answers: list[bool], beat_age_s: float, lag_s: float, expected: Health) -> None:
-    assert policy.health(answers, 3, beat_age_s, lag_s, 1.0) is expected
+    assert policy.health(answers, 3, beat_age_s, lag_s, 1.0, policy.FLAPPING_S) is expected
+
+
+def test_a_flapping_server_is_replaced_once_in_five_minutes_and_a_silent_one_at_once() -> None:
+    flapping, silent = [False, True, False, True, False], [True, False, False, False]
+    assert policy.health(flapping, 3, 9.0, 0.0, 1.0, 299.0) is Health.DOUBTFUL
+    assert policy.health(flapping, 3, 9.0, 0.0, 1.0, 300.0) is Health.SICK
+    assert policy.health(silent, 3, 9.0, 0.0, 1.0, 0.0) is Health.SICK
+    replaced, rested_s, answers = 0, float("inf"), [True]
+    for n in range(720):  # an hour of polls, every other one in vain; the next server is no better
+        answers = [*answers[-4:], n % 2 == 0]
+        if policy.health(answers, 3, 9.0, 0.0, 1.0, rested_s) is Health.SICK:
+            replaced, rested_s, answers = replaced + 1, 0.0, []
+        rested_s += 5.0
+    assert replaced == 12

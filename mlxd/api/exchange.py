@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlxd
 from mlxd.errors import Refused
 from mlxd.guard import MAX_BODY_BYTES
+from mlxd.tokens import Access
 from mlxd.uploads import Uploads
 
 Scope = MutableMapping[str, Any]
@@ -37,7 +38,10 @@ class Filler(Protocol):
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
-    `filler`: None while the answer may still get a status of its own, or is no stream."""
+    `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for the log, as far as they are known. `failed`: the
+    answer had begun and ended with an error.
+    `asked`: the body, if `keeps_body`, for as long as somebody else may have to answer it.
+    `access`: what its sender may do. `filler`: None while the answer may still get a status of its own, or is no stream."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, uploads: Uploads):
         self.scope = scope
@@ -47,7 +51,14 @@ class Exchange:
         self.received_ns = time.monotonic_ns()
         self.request_id = request_id(scope["headers"]).decode()
         self.headers: Headers = [(b"x-request-id", self.request_id.encode()), VERSION]
+        self.access = Access.NONE
         self.body_bytes = 0
+        self.status = 0
+        self.model: str | None = None
+        self.prompt_tokens = self.completion_tokens = 0
+        self.failed = False
+        self.keeps_body = False
+        self.asked: bytearray | None = None
         self.started = False
         self.finished = False
         self.left = False
@@ -89,6 +100,7 @@ class Exchange:
                     held_bytes = self.uploads.hold(held_bytes, len(body))
                     if not message["more_body"]:
                         self.body_bytes = len(body)
+                        self.asked = body if self.keeps_body else None
                         return body
         except TimeoutError:
             self.headers.append((b"connection", b"close"))
@@ -147,12 +159,13 @@ class Exchange:
         await self.start(200, [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
 
     async def start(self, status: int, headers: Headers) -> None:
+        self.asked = None
         self.writing_since = self.clock()
         try:
             await self.send({"type": "http.response.start", "status": status, "headers": self.headers + headers})
         finally:
             self.writing_since = None
-        self.started = True
+        self.status, self.started = status, True
 
     async def write(self, data: bytes, last: bool = False) -> None:
         """One network write. Waits while the client is behind with reading."""

@@ -481,7 +481,10 @@ async def load(service: Service, exchange: Exchange, call: Common, model: Model,
 
 
 async def tags(service: Service, exchange: Exchange) -> None:
-    await exchange.reply(200, encode({"models": [described(model) for model in await service.models()]}))
+    models = await service.models()
+    await exchange.reply(
+        200, encode({"models": [described(model) for model in models] + await service.neighbours(exchange, models)})
+    )
 
 
 async def ps(service: Service, exchange: Exchange) -> None:

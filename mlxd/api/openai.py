@@ -22,7 +22,7 @@ from mlxd.models import Model
 
 SSE = b"text/event-stream"
 JSON = b"application/json"
-ERROR_TYPES = {400: "invalid_request_error", 404: "not_found_error"}
+ERROR_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 404: "not_found_error"}
 #: OpenAI's own, for /v1/completions.
 DEFAULT_MAX_TOKENS = 16
 #: Prompts of /v1/completions times `n`.
@@ -587,7 +587,8 @@ async def complete(service: Service, exchange: Exchange) -> None:
 
 async def models(service: Service, exchange: Exchange) -> None:
     """The list is Anthropic's, too."""
-    found = [described(model) for model in await service.models()]
+    models = await service.models()
+    found = [described(model) for model in models] + [foreign(entry) for entry in await service.neighbours(exchange, models)]
     ends = {"has_more": False, "first_id": found[0]["id"] if found else None, "last_id": found[-1]["id"] if found else None}
     await exchange.reply(200, encode({"object": "list", "data": found} | ends))
 
@@ -598,16 +599,27 @@ async def model(service: Service, exchange: Exchange) -> None:
 
 
 def described(model: Model) -> dict[str, Any]:
-    created = int(model.modified_at)
+    return listed(model.name, int(model.modified_at), "mlxd (built-in, for self-test and demo)" if model.builtin else "mlxd")
+
+
+def listed(name: str, created: int, owner: str) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": created,
-        "owned_by": "mlxd (built-in, for self-test and demo)" if model.builtin else "mlxd",
+        "owned_by": owner,
         "type": "model",
-        "display_name": model.name.removesuffix(":latest"),
+        "display_name": name.removesuffix(":latest"),
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def foreign(entry: dict[str, Any]) -> dict[str, Any]:
+    """A model of Ollama's, of which its /api/tags says this."""
+    try:
+        return listed(entry["name"], int(datetime.fromisoformat(entry["modified_at"]).timestamp()), "ollama")
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):  # whatever it says is a model of its
+        return listed(entry["name"], 0, "ollama")
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-import traceback
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -21,13 +20,17 @@ from mlxd.api.exchange import Exchange, Filler
 from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
+from mlxd.fallback import HURRY_S, Fallback
 from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
+from mlxd.tokens import Tokens
 from mlxd.uploads import Uploads
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -79,13 +82,15 @@ class Service:
         self.journal = Journal(server.poison_s)
         self.store = Store()
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
-        self.policy = guard.Policy(tuple(server.origins), config.security.strict_host)
+        self.policy = guard.Policy(tuple(server.origins), strict_host=config.security.strict_host)
+        self.tokens: Tokens | None = None
         self.exchanges: set[Exchange] = set()
         self.uploads = Uploads(server.upload_bytes, server.body_s)
         self.rate_limit = RateLimit(config.rate_limit.max, config.rate_limit.window_s)
         self.connections: Callable[[], int] = lambda: 0
         self.draining = False
-        self.missing: list[str] = []
+        self.fallback = Fallback(config, self.look_up) if config.fallback.ollama else None
+        self.problems: list[str] = []
         self.last_exit: ExitRecord | None = None
 
     # --- models ---------------------------------------------------------------------------------------------------------------
@@ -104,6 +109,10 @@ class Service:
     async def models(self) -> list[Model]:
         """All there are, newest first."""
         return await asyncio.to_thread(self.catalogue.scan)
+
+    async def neighbours(self, exchange: Exchange, models: list[Model]) -> list[dict[str, Any]]:
+        """Ollama's models besides `models`, as its /api/tags has them."""
+        return await self.fallback.beside(exchange, [model.name for model in models]) if self.fallback else []
 
     async def read(self, look: Callable[[Path], T], model: Model, nothing: T) -> T:
         """What `look` finds in a model's directory; `nothing` when that cannot be read."""
@@ -124,6 +133,14 @@ class Service:
             await self.pool.retire(place.name, self.config.server.queue_wait_s)
             await asyncio.to_thread(self.catalogue.delete, place)
 
+    def avoid_loop(self, ports: set[int]) -> None:
+        """No fallback if it leads to one of the ports that we listen on."""
+        if self.fallback is not None and self.fallback.address.is_ours(ports, self.policy):
+            place = self.fallback.address
+            self.problems.append(f"the fallback is off: {place} is mlxd itself; set [ollama] url (OLLAMA_URL) to Ollama's address")
+            log.warning("%s", self.problems[-1])
+            self.fallback = None
+
     async def preload(self) -> None:
         """Want what the configuration names; the built-in model while there is no other."""
         names = self.config.models.preload
@@ -133,11 +150,12 @@ class Service:
             try:
                 self.pool.preload(await self.find(name))
             except Refused as refused:
-                self.missing.append(refused.message)
-                print(f"cannot preload: {refused.message}", file=sys.stderr, flush=True)
+                self.problems.append(refused.message)
+                log.warning("cannot preload: %s", refused.message)
 
     async def load(self, exchange: Exchange, model: Model, keep_alive_s: float | None) -> int:
         """Load a model, or unload it (0 seconds); ns since the request came. Raises Refused."""
+        exchange.model = model.name
         with self.pool.using(model, keep_alive_s) as engine:
             if keep_alive_s != 0:
                 self.check_supervised()
@@ -145,7 +163,7 @@ class Service:
         return max(1, exchange.age_ns())
 
     async def ready(self, engine: Engine) -> None:
-        await self.pool.ready(engine, self.config.server.queue_wait_s)
+        await self.pool.ready(engine, *self.patience(engine.model))
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
@@ -158,6 +176,7 @@ class Service:
         except Exception as error:
             if not exchange.started:
                 raise
+            exchange.failed = True
             # While connected: a client that does not read is left behind here, too.
             await exchange.while_connected(exchange.write(view.error(refusal(error)), last=True))
 
@@ -169,6 +188,7 @@ class Service:
             if isinstance(event, Embedded):
                 if entry.resumes:
                     exchange.set_header(b"x-mlxd-resumed", b"%d" % entry.resumes)
+                exchange.prompt_tokens = event.tokens
                 ended.append((event, max(1, entry.submitted_ns - entry.received_ns)))
 
         await self.serve(exchange, [request], tell)
@@ -194,17 +214,24 @@ class Service:
         """All events of the requests, until their client leaves. Raises Refused."""
         self.check_supervised()
         model = requests[0].model
+        exchange.model = model.name
+        if not self.stand_in(model):
+            exchange.asked = None
         if model.embeds and requests[0].inputs is None:
             asked = exchange.scope["path"].rpartition("/")[2]  # the dialect's own word: chat, generate, completions, messages
             raise Refused(400, f"{model.name.removesuffix(':latest')} does not support {asked}")
         with contextlib.ExitStack() as kept:
             entries: list[Entry] = []
             for request in requests:
-                request.priority = priority(exchange)
+                request.priority, request.id = priority(exchange), exchange.request_id
                 request.settle(self.config.models.context_length)
                 size = 0 if entries else exchange.body_bytes
                 entries.append(kept.enter_context(self.journal.keep(request, exchange.received_ns, size)))
-            await exchange.while_connected(self.run(exchange, entries, tell, filler))
+            try:
+                await exchange.while_connected(self.run(exchange, entries, tell, filler))
+            finally:
+                exchange.prompt_tokens += sum(len(entry.prompt_ids or []) for entry in entries)
+                exchange.completion_tokens = sum(len(entry.emitted) for entry in entries)
 
     async def run(self, exchange: Exchange, entries: list[Entry], tell: Tell, filler: Filler | None) -> None:
         """Admission, engines, events. Raises Refused."""
@@ -216,7 +243,7 @@ class Service:
                     tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
                     engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
-                    await self.pool.ready(engine, self.config.server.queue_wait_s)
+                    await self.pool.ready(engine, *self.patience(request.model))
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
 
                     async def go(choice: int) -> None:
@@ -233,9 +260,18 @@ class Service:
 
     async def follow(self, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
         with self.pool.serving(engine):
-            async with aclosing(self.pool.events(engine, entry, self.config.server.queue_wait_s)) as events:
+            async with aclosing(self.pool.events(engine, entry, *self.patience(entry.request.model))) as events:
                 async for event in events:
                     await tell(choice, entry, event)
+
+    def patience(self, model: Model) -> tuple[float, float]:
+        """How long a request waits for a model: in all, and for one that died to be tried again."""
+        wait_s = self.config.server.queue_wait_s
+        return wait_s, min(wait_s, HURRY_S) if self.stand_in(model) else wait_s
+
+    def stand_in(self, model: Model) -> str:
+        """The model of Ollama's that answers while `model` cannot be loaded; "": none does."""
+        return self.fallback.equivalent(model) if self.fallback else ""
 
     def check_supervised(self) -> None:
         if not self.supervised:
@@ -355,5 +391,5 @@ def refusal(error: Exception) -> Refused:
     """What a client is told of an error; one that nobody foresaw goes to the log."""
     if isinstance(error, Refused):
         return error
-    traceback.print_exception(error)
+    log.error("internal error", exc_info=error)
     return Refused(500, "internal error")

@@ -19,7 +19,15 @@ from mlxd.errors import MlxdError
 #: Every command, in the order of `mlxd --help`, and the file of this package that has it.
 GROUPS = {
     "Run it": {"start": "daemon", "stop": "daemon", "restart": "daemon", "reload": "daemon", "run": "daemon"},
-    "Look at it": {"status": "look", "logs": "look"},
+    "Keep it running": {
+        "autostart": "autostart",
+        "check": "services",
+        "recover": "services",
+        "monitor": "services",
+        "uninstall": "uninstall",
+    },
+    "Look at it": {"status": "look", "logs": "look", "events": "look"},
+    "Use it": {"env": "services"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
 

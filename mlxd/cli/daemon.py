@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from mlxd import control, paths
+from mlxd import autostart, control, paths
 from mlxd.cli.words import NOT_READY, as_json, line_of, our_name
-from mlxd.errors import MlxdError, NotRunning
+from mlxd.errors import ConfigError, MlxdError, NotRunning
 from mlxd.lock import is_locked
+from mlxd.managers import Manager
 
 #: What `mlxd start` ends with for a state.
 START_STATUS = {"ready": 0, "degraded": 0, "held": 75}
@@ -24,6 +26,12 @@ MOVING = ("starting", "loading", "draining", "stopping", "backoff")
 STILL_S = 60.0
 #: The worst stop takes 30 s of draining, 10 s of TERM and 10 s of KILL.
 STOP_S = 60.0
+#: Of a start by launchd or systemd until it answers: what an earlier run left is ended first, for 26 s at most.
+BEGIN_S = 60.0
+#: What launchd and systemd call a job that has no process and will get none by itself.
+DOWN = ("", "not running", "inactive", "failed")
+#: ... and one that will get one.
+DUE = ("spawn scheduled", "waiting", "activating")
 #: The supervisor's rehearsal takes 20 s at most, waiting for quiet 12 s.
 RENEWAL_S = 60.0
 
@@ -40,11 +48,20 @@ model_option = click.option("--model", help="Preload this model for this run.")
 def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None, json_: bool) -> None:
     """Start in the background; wait until it is ready."""
     where = paths.locate()
+    owner = autostart.owner()
+    if owner is not None and (port is not None or model is not None):
+        raise ConfigError(
+            f"{owner.name} starts mlxd here, without --port and --model: put them into {where.config},"
+            " or set MLX_API_PORT or MLX_PRELOAD_MODELS and run `mlxd autostart install` again"
+        )
     await_the_end_of_a_stop(where)
     if not is_running(where):
         flags = flag_arguments(port, model)
-        validate(where, flags)
-        spawn_daemon(where, flags)
+        if owner is not None:
+            start_through(owner, where)
+        else:
+            validate(where, flags)
+            spawn_daemon(where, flags)
     elif port is not None or model is not None:
         click.echo("mlxd is already running; --port and --model take effect after `mlxd stop`", err=True)
     told = control.ask(where.control, "status") if no_wait else await_ready(where)
@@ -61,21 +78,16 @@ def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None
 def stop() -> None:
     """Stop; running answers get 30 s to end."""
     where = paths.locate()
-    end = time.monotonic() + STOP_S
-    while True:
-        try:
-            pid = int(control.ask(where.control, "stop")["pid"])
-            break
-        except NotRunning:
-            if not is_locked(where.lock) or time.monotonic() > end:
-                click.echo("mlxd is not running")
-                return
-        time.sleep(0.05)  # it is just starting: it clears up after an earlier run before it listens
-    while is_running(where) or is_locked(where.lock):
-        if time.monotonic() > end:
-            raise MlxdError(f"mlxd (pid {pid}) has not stopped within {STOP_S:.0f} s; look at `mlxd logs --supervisor`")
-        time.sleep(0.02)
-    click.echo(f"stopped  pid {pid}")
+    owner = autostart.owner()
+    try:
+        pid = end(where)
+    except MlxdError:
+        if owner is None:
+            raise
+        pid = owner.look(owner.mlxd).pid  # it hears nobody; its manager has other means
+    if owner is not None and not rests(owner):
+        owner.stop(owner.mlxd)
+    click.echo(f"stopped  pid {pid}" if pid is not None else "mlxd is not running")
 
 
 @click.command()
@@ -149,6 +161,34 @@ def is_running(where: paths.Paths) -> bool:
     return True
 
 
+def end(where: paths.Paths) -> int | None:
+    """Stop it and wait until it has; its pid, None when none ran. Raises MlxdError."""
+    deadline = time.monotonic() + STOP_S
+    while True:
+        try:
+            pid = int(control.ask(where.control, "stop")["pid"])
+            break
+        except NotRunning:
+            if not is_locked(where.lock) or time.monotonic() > deadline:
+                return None
+        time.sleep(0.05)  # it is just starting: it clears up after an earlier run before it listens
+    while is_running(where) or is_locked(where.lock):
+        if time.monotonic() > deadline:
+            raise MlxdError(f"mlxd (pid {pid}) has not stopped within {STOP_S:.0f} s; look at `mlxd logs --supervisor`")
+        time.sleep(0.02)
+    return pid
+
+
+def rests(owner: Manager) -> bool:
+    """Whether its manager has seen it end, and does not begin it again. Raises MlxdError."""
+    deadline = time.monotonic() + 5.0
+    while (state := owner.look(owner.mlxd).state) not in DOWN:
+        if state in DUE or time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def await_the_end_of_a_stop(where: paths.Paths) -> None:
     """A start during a stop means: after it."""
     end = time.monotonic() + STOP_S
@@ -162,18 +202,19 @@ def await_the_end_of_a_stop(where: paths.Paths) -> None:
         time.sleep(0.05)
 
 
-def validate(where: paths.Paths, flags: list[str]) -> None:
+def validate(where: paths.Paths, flags: list[str], environ: Mapping[str, str] = os.environ) -> None:
     """Refuse here, in this terminal, what the daemon would refuse. Raises ConfigError."""
-    from mlxd import config
+    from mlxd import config, tokens
 
     paths.prepare(where)
     pairs = [flag.partition("=") for flag in flags[1::2]]
-    config.load(where.config, [where.env_file], os.environ, {name: json.loads(value) for name, _, value in pairs})
+    found = config.load(where.config, [where.env_file], environ, {name: json.loads(value) for name, _, value in pairs})
+    tokens.load(where.token, found.config)
 
 
 def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
     """Start the supervisor in a session of its own and wait until it answers. Raises MlxdError with its own words if it ends instead."""
-    file = paths.open_log(where.log("supervisor"))
+    file, _ = paths.open_log_anyway(where.log("supervisor"))
     size = os.fstat(file).st_size
     process = subprocess.Popen(
         [sys.executable, "-m", "mlxd.supervisor", *flags],
@@ -188,12 +229,26 @@ def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
         if (code := process.poll()) is not None:
             if code == 0:  # another start won the race
                 return
-            words = where.log("supervisor").read_bytes()[size:].decode(errors="replace").strip()
+            words = (paths.read_small(where.log("supervisor"), 2**30) or b"")[size:].decode(errors="replace").strip()
             failed = MlxdError(words.rpartition("\n")[2].removeprefix("Error: ") or f"the supervisor ended with status {code}")
             failed.exit_status = code if code > 0 else 1
             raise failed
         time.sleep(0.02)
     process.returncode = 0  # it lives on without us: no ResourceWarning
+
+
+def start_through(owner: Manager, where: paths.Paths) -> None:
+    """Have its manager start mlxd, and wait until it answers. Never starts one beside it. Raises MlxdError."""
+    validate(where, [], autostart.environment_of(owner.file(owner.mlxd)) or {})
+    owner.start(owner.mlxd)
+    deadline = time.monotonic() + BEGIN_S
+    while not is_running(where):
+        found = owner.look(owner.mlxd)
+        if time.monotonic() > deadline or (found.pid is None and found.last_exit):
+            failed = MlxdError(f"{owner.name} has started mlxd, which ended with status {found.last_exit}: look at `{owner.log}`")
+            failed.exit_status = found.last_exit if found.last_exit == 78 else 1
+            raise failed
+        time.sleep(0.1)
 
 
 def await_ready(where: paths.Paths, settled: bool = False) -> dict[str, Any]:
@@ -230,5 +285,6 @@ def greet(told: dict[str, Any]) -> None:
         f"model  {name}" + ("  (a built-in self-test and demo; put MLX models into ~/mlx-models)" if name == "mlxd-tiny" else "")
     )
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is mlxd?"}]})
-    click.echo(f"try    curl {told['url']}/api/chat -d '{body}'")
+    header = " -H 'Authorization: Bearer TOKEN'" if paths.locate().token.exists() else ""
+    click.echo(f"try    curl {told['url']}/api/chat{header} -d '{body}'")
     click.echo(f"stop   {our_name()} stop")

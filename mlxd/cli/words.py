@@ -54,6 +54,10 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
     for engine in told["engines"]:
         name = (engine["model"] or "no model").removesuffix(":latest")
         yield row(f"engine-{engine['slot']}", engine, f"  {name}  running {engine['running']}")
+    if (ollama := told.get("ollama")) and ollama["state"] != "down":
+        memory = f"  memory {bytes_of(ollama['memory_bytes'])}" if ollama["memory_bytes"] is not None else ""
+        models = f"  {', '.join(ollama['models']) or 'no model'}" if memory else ""
+        yield f"{'ollama':<10}  {ollama['state']:<8}  {ollama['url']}{memory}{models}"
     if last := told["last_exit"]:
         how = f"signal {last['signal']}" if last["signal"] is not None else f"status {last['code']}"
         yield f"last exit  {last['ts']}  {name_of(last['child'], last['slot'])}  pid {last['pid']}  {last['cause']}  {how}"
@@ -82,10 +86,3 @@ def age_of(seconds: float) -> str:
 
 def bytes_of(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def printable(text: bytes) -> str:
-    """A log line with control characters escaped: what a child wrote must not drive the reader's terminal."""
-    return "".join(
-        c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in text.decode(errors="replace")
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 
 from mlxd.link import become_child, child_settings
@@ -12,7 +11,6 @@ from mlxd.link import become_child, child_settings
 def main() -> None:
     settings = child_settings()
     become_child(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # Before the libraries are imported, which read these then. Downloads are the puller's job.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

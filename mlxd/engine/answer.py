@@ -33,7 +33,7 @@ class Called(NamedTuple):
 class Answer:
     """`stop`: strings that end the answer, themselves not part of it; inside a call they mean nothing. `thinking`: the prompt ended inside the
     thinking tags. `continued`: the answer goes on with the prompt's text, so a space it begins with counts. `tools`: what may be called;
-    without any, nothing is taken for a call."""
+    without any, nothing is taken for a call. `request_id`: for the log."""
 
     def __init__(
         self,
@@ -43,7 +43,9 @@ class Answer:
         thinking: bool = False,
         continued: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        request_id: str = "",
     ):
+        self.request_id = request_id
         self.tokenizer = tokenizer
         self.tools = tools if tokenizer.has_tool_calling else None
         self.detokenizer = tokenizer.detokenizer
@@ -123,7 +125,7 @@ class Answer:
         try:
             return list(calls(self.tokenizer.tool_parser(text, self.tools)))
         except Exception as error:  # mlx-lm's parsers raise what they like: ValueError, AttributeError, SyntaxError
-            log.info("what the model called cannot be read: %s: %s", type(error).__name__, error)
+            log.info("what the model called cannot be read: %s", type(error).__name__, extra={"request_id": self.request_id})
             end = self.tokenizer.tool_call_end if closed else ""
             return [Piece(self.tokenizer.tool_call_start + text + end, False)]
 

@@ -6,6 +6,7 @@ Owns the model, mlx-lm's batch generator and the prefix index. Told what to do t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import queue
@@ -194,7 +195,8 @@ class Batch:
         except WrongOutput as error:
             self.post(Ended("error", str(error)))
         except Exception as error:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # a full disk, perhaps what this is about
+                traceback.print_exc()
             self.post(Ended("error", f"{type(error).__name__}: {error}"))
 
     def open(self, load: Load, view: Path) -> Opened:

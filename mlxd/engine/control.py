@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,7 @@ class Engine:
             writers += [c.writer for c in self.service.connections]
         with contextlib.suppress(TimeoutError, ConnectionError):
             await asyncio.wait_for(asyncio.gather(*(written(w) for w in writers), return_exceptions=True), LAST_WORDS_S)
-        sys.stderr.flush()
-        os._exit(status)
+        link.leave(status)
 
 
 async def written(writer: asyncio.StreamWriter) -> None:

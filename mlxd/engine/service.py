@@ -276,7 +276,7 @@ class Service:
             except Refused as refused:
                 self.fail(job, refused.status, refused.message, refused.code)
             except Exception as error:  # a tokenizer's own: it concerns this request alone
-                log.exception("job %d has no prompt", job.submit.job)
+                log.exception("a request has no prompt", extra={"request_id": job.submit.request_id})
                 self.fail(job, 500, f"the prompt cannot be made: {type(error).__name__}: {error}")
             else:
                 if isinstance(job, Job) and job.constrained:
@@ -307,7 +307,7 @@ class Service:
             except Refused as refused:
                 self.fail(job, refused.status, refused.message)
             except Exception as error:  # of a shape that nobody thought of: it concerns this request alone
-                log.exception("job %d has no grammar", job.submit.job)
+                log.exception("a request has no grammar", extra={"request_id": job.submit.request_id})
                 self.fail(job, 500, f"the grammar of this request cannot be made: {type(error).__name__}: {error}")
             else:
                 self.admit(job)
@@ -329,7 +329,14 @@ class Service:
         job.constrained = is_constrained(job.submit)
         job.prompt = self.prompter.prepare(job.submit)
         submit, prompt = job.submit, job.prompt
-        job.answer = Answer(self.tokenizer, submit.stop, thinking=prompt.thinking, continued=prompt.continued, tools=submit.tools)
+        job.answer = Answer(
+            self.tokenizer,
+            submit.stop,
+            thinking=prompt.thinking,
+            continued=prompt.continued,
+            tools=submit.tools,
+            request_id=submit.request_id,
+        )
         for token in submit.emitted:  # what an earlier engine said; its text is with the client
             job.answer.feed(token)
 

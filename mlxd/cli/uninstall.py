@@ -1,0 +1,31 @@
+"""The end of it: uninstall."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from mlxd import autostart, paths
+from mlxd.cli import daemon
+from mlxd.errors import MlxdError
+
+
+@click.command()
+@click.option("--purge", is_flag=True, help="Remove state, logs and configuration, too; never a model.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def uninstall(purge: bool, yes: bool) -> None:
+    """Stop mlxd and remove its autostart."""
+    where = paths.locate()
+    places = ", ".join(dict.fromkeys(str(place) for place in (where.home, where.logs, where.config_dir)))
+    what = "stop mlxd and remove its autostart" + (f", and remove its state, logs and configuration in {places}" if purge else "")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise MlxdError(f"this would {what}, and there is nobody to ask: add --yes")
+        click.confirm(f"{what[0].upper()}{what[1:]}?", abort=True)
+    if (owner := autostart.owner()) is not None:
+        autostart.remove(owner)
+    daemon.end(where)
+    if purge:
+        paths.purge(where)
+    click.echo("uninstalled; `pip uninstall mlxd` removes the program, models stay where they are")
