@@ -144,25 +144,29 @@ def named(name: str) -> Owner:
     return {"launchd": agent, "brew": formula, "app": app}[kind](rest)
 
 
-def of_ollama_on_linux(process: psutil.Process | None) -> Owner | None:
-    """`process`: the one on Ollama's port, as far as we may know. A unit that runs another one is not its owner."""
-    found = [
-        (looked(Systemd(system), OLLAMA_UNIT), owner(OLLAMA_UNIT)) for system, owner in ((False, user_unit), (True, system_unit))
-    ]
-    fit = [(job, owner) for job, owner in found if job.loaded and (process is None or process.pid == job.pid)]
+def of_ollama_on_linux(process: psutil.Process | None, alone: bool) -> Owner | None:
+    """`process`: the one on Ollama's port; None: there is none (`alone`), or it is another user's. A unit that runs another process is not its
+    owner."""
+    user, system = looked(Systemd(), OLLAMA_UNIT), looked(Systemd(True), OLLAMA_UNIT)
+    fit = []
+    if user.loaded and (process.pid == user.pid if process is not None else alone):
+        fit.append((user, user_unit(OLLAMA_UNIT)))
+    if system.loaded and (process is None or process.pid == system.pid):
+        fit.append((system, system_unit(OLLAMA_UNIT)))
     fit.sort(key=lambda pair: pair[0].state == "inactive")  # one that is up, or tries to be, before one that nobody started
     return fit[0][1] if fit else None
 
 
-def of_ollama_on_macos(process: psutil.Process | None, home: Path) -> Owner | None:
+def of_ollama_on_macos(process: psutil.Process | None, alone: bool, home: Path) -> Owner | None:
     """The same. `home`: the user's, where `Library` and perhaps `Applications` are."""
     job = looked(Launchd(), OLLAMA_LABEL)
-    if job.loaded and (process is None or process.pid == job.pid):
+    if job.loaded and (process.pid == job.pid if process is not None else alone):
         return agent(OLLAMA_LABEL)
     if process is not None:
         with contextlib.suppress(psutil.Error):
             if any("/Ollama.app/" in one.exe() for one in (process, *process.parents())):
                 return app("Ollama")
+    if not alone:
         return None
     if (home / "Library/LaunchAgents" / f"{OLLAMA_LABEL}.plist").exists():
         return formula("ollama")
@@ -172,10 +176,10 @@ def of_ollama_on_macos(process: psutil.Process | None, home: Path) -> Owner | No
 
 
 def of_ollama(process: psutil.Process | None, alone: bool, served: Process | None, address: str, log: Path, system: str) -> Owner:
-    """`alone`: nobody listens on its port, so that mlxd may begin one if no other owner is to be found. `system`: sys.platform."""
+    """`alone`: nobody listens on its port; without an owner mlxd may then begin one itself. `system`: sys.platform."""
     if served is not None and process is not None and process.pid == served.pid:
         return plain_ollama(served, address, log)
-    owner = of_ollama_on_macos(process, Path.home()) if system == "darwin" else of_ollama_on_linux(process)
+    owner = of_ollama_on_macos(process, alone, Path.home()) if system == "darwin" else of_ollama_on_linux(process, alone)
     if owner is None and alone and shutil.which("ollama"):
         return plain_ollama(served, address, log)
     return owner or stranger(process)

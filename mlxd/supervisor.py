@@ -169,6 +169,8 @@ class Supervisor:
         if self.handed is None:
             self.say("started", f"mlxd {__version__} has started, {here}")
             self.sweep()
+            if self.lease is not None:  # nobody of an earlier run is left to be found
+                self.remember()
             self.control = desk.Desk(desk.listen(self.paths.control), self.verbs())
             self.lock.show()
             self.begin()
@@ -1004,7 +1006,7 @@ class Supervisor:
     # --- before us and after us -----------------------------------------------------------------------------------------------------------
 
     def remember(self) -> None:
-        """Let the next supervisor find what we leave behind if we are killed."""
+        """Let the next supervisor find what we leave behind if we are killed, and `mlxd recover` find us if we hang."""
         left = [found for one in self.children() if (found := one.leftover(self.nonce)) is not None]
         self.papers.write(self.paths.state, leftovers.memory_of(left, self.boot))
 

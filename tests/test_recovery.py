@@ -35,7 +35,9 @@ from mlxd.recovery import Action, decide
 __all__ = ["neighbour"]
 
 #: One look and short deadlines.
-BRISK = {"MLXD_HEALTH_MISSES": "1", "MLX_HEALTH_MAX_TIME": "1", "MLXD_RECOVERY_SILENT_S": "1", "MLXD_RECOVERY_SETTLE_S": "20"}
+BRISK = {"MLXD_HEALTH_MISSES": "1", "MLX_HEALTH_MAX_TIME": "2", "MLXD_RECOVERY_SETTLE_S": "20"}
+#: Of those that have to do with a supervisor that answers nobody.
+SILENT = {"MLXD_RECOVERY_SILENT_S": "1"}
 
 
 @pytest.fixture
@@ -272,7 +274,7 @@ def test_while_the_supervisor_answers_the_repair_is_its_own(mlxd: Callable[..., 
 
 
 def test_a_stopped_supervisor_goes_on_with_all_it_has(mlxd: Callable[..., Daemon]) -> None:
-    d = mlxd()
+    d = mlxd(**SILENT)
     d.start()
     before = d.ready()
     os.kill(before["supervisor"]["pid"], signal.SIGSTOP)
@@ -311,7 +313,7 @@ def hung_supervisor(d: Daemon, *arguments: str) -> Iterator[subprocess.Popen[byt
 
 
 def test_a_supervisor_that_answers_nobody_is_ended_and_a_new_one_started(mlxd: Callable[..., Daemon]) -> None:
-    d = mlxd()
+    d = mlxd(**SILENT)
     with hung_supervisor(d, "proven") as hung:
         reaped = threading.Thread(target=hung.wait)
         reaped.start()
@@ -322,7 +324,7 @@ def test_a_supervisor_that_answers_nobody_is_ended_and_a_new_one_started(mlxd: C
 
 
 def test_who_holds_the_lock_and_is_not_proven_ours_is_never_signalled(mlxd: Callable[..., Daemon]) -> None:
-    d = mlxd()
+    d = mlxd(**SILENT)
     with hung_supervisor(d) as hung:
         d.paths.pid_file.write_text(f"{hung.pid}\n")  # a number proves nothing
         told = Told(d, "recover")
@@ -549,7 +551,7 @@ def test_an_ollama_that_nobody_owns_is_begun_and_minded_by_mlxd(minder: Callable
     mode = unit.here / "mode"
     mode.write_text("ollama")
     unit.script("ollama", f'#!/bin/sh\nexec {sys.executable} {FAKE_OLLAMA} "$@" --as-file {mode} --pid-file {unit.pid_file}\n')
-    d = minder(OLLAMA_HOST="http://127.0.0.1:9")  # as after `mlxd env`
+    d = minder(OLLAMA_HOST="http://127.0.0.1:9", MLX_HEALTH_MAX_TIME="0.5")  # as after `mlxd env`
     told = Told(d, "recover")
     assert told.code == 0 and told["ollama"]["owner"] == "mlxd", told["ollama"]
     first = unit.pid
@@ -615,27 +617,28 @@ def asked_of(stubs: Path) -> list[str]:
 
 def test_on_macos_a_brew_service_is_kicked_by_launchd(stubs: Path) -> None:
     (stubs / "loaded").write_text(str(os.getpid()))
-    owner = owners.of_ollama_on_macos(psutil.Process(), stubs)
+    owner = owners.of_ollama_on_macos(psutil.Process(), False, stubs)
     assert owner is not None and owner.name == "launchd" and owner.restart is not None
     owner.restart()
     assert asked_of(stubs) == [f"launchctl kickstart -k gui/{os.getuid()}/homebrew.mxcl.ollama"]
-    assert owners.of_ollama_on_macos(psutil.Process(os.getppid()), stubs) is None  # it runs another process
+    assert owners.of_ollama_on_macos(psutil.Process(os.getppid()), False, stubs) is None  # it runs another process
 
 
 def test_on_macos_an_unloaded_brew_service_is_begun_by_brew(stubs: Path) -> None:
     plist = stubs / "Library" / "LaunchAgents" / "homebrew.mxcl.ollama.plist"
     plist.parent.mkdir(parents=True)
     plist.touch()
-    owner = owners.of_ollama_on_macos(None, stubs)
+    owner = owners.of_ollama_on_macos(None, True, stubs)
     assert owner is not None and owner.restart is not None
     owner.restart()
     assert asked_of(stubs) == ["brew services restart ollama"]
+    assert owners.of_ollama_on_macos(None, False, stubs) is None  # another user's is on the port
 
 
 def test_on_macos_the_app_is_opened_and_quit_before_if_it_runs(stubs: Path) -> None:
     inside = stubs / "Applications" / "Ollama.app"
     inside.mkdir(parents=True)
-    owner = owners.of_ollama_on_macos(None, stubs)
+    owner = owners.of_ollama_on_macos(None, True, stubs)
     assert owner is not None and owner.name == "Ollama.app" and owner.restart is not None
     owner.restart()
     assert asked_of(stubs) == ["open -a Ollama"]
@@ -644,7 +647,7 @@ def test_on_macos_the_app_is_opened_and_quit_before_if_it_runs(stubs: Path) -> N
     real.chmod(0o755)
     with subprocess.Popen([real, "60"]) as running:
         try:
-            found = owners.of_ollama_on_macos(psutil.Process(running.pid), stubs)
+            found = owners.of_ollama_on_macos(psutil.Process(running.pid), False, stubs)
             assert found is not None and found.name == "Ollama.app"
             owner.restart()
         finally:
