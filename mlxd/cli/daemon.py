@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxd import autostart, control, paths
+from mlxd import control, paths
 from mlxd.cli.words import NOT_READY, as_json, line_of, our_name
 from mlxd.errors import ConfigError, MlxdError, NotRunning
 from mlxd.lock import is_locked
-from mlxd.managers import Manager
+
+if TYPE_CHECKING:
+    from mlxd.managers import Manager
 
 #: What `mlxd start` ends with for a state.
 START_STATUS = {"ready": 0, "degraded": 0, "held": 75}
@@ -47,6 +49,8 @@ model_option = click.option("--model", help="Preload this model for this run.")
 @click.pass_context
 def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None, json_: bool) -> None:
     """Start in the background; wait until it is ready."""
+    from mlxd import autostart  # and with it much that `mlxd restart` does without: it has to work beside code that does not
+
     where = paths.locate()
     owner = autostart.owner()
     if owner is not None and (port is not None or model is not None):
@@ -77,6 +81,8 @@ def start(ctx: click.Context, no_wait: bool, port: int | None, model: str | None
 @click.command()
 def stop() -> None:
     """Stop; running answers get 30 s to end."""
+    from mlxd import autostart
+
     where = paths.locate()
     owner = autostart.owner()
     try:
@@ -239,6 +245,8 @@ def spawn_daemon(where: paths.Paths, flags: list[str]) -> None:
 
 def start_through(owner: Manager, where: paths.Paths) -> None:
     """Have its manager start mlxd, and wait until it answers. Never starts one beside it. Raises MlxdError."""
+    from mlxd import autostart
+
     validate(where, [], autostart.environment_of(owner.file(owner.mlxd)) or {})
     owner.start(owner.mlxd)
     deadline = time.monotonic() + BEGIN_S
