@@ -84,6 +84,8 @@ LOOK_TICKS = 30
 EXCESS_TICKS = 5
 #: What a child left behind is looked for so long after something has ended, once for all that ends meanwhile: a look costs some milliseconds.
 STRAYS_S = 0.1
+#: HUPs within this time are one.
+RELOAD_S = 0.1
 
 #: A program that is not there, or cannot be one: trying again would not help.
 UNFIT_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
@@ -150,6 +152,7 @@ class Supervisor:
         self.answer = monitor.Answer.OURS  # to the last poll
         self.flapped_at = float("-inf")  # when a server was last replaced because it answered now and then
         self.terminal = False  # whether we shall end with one
+        self.reloading: asyncio.TimerHandle | None = None  # a HUP will be heeded
         self.strays: list[strays.Stray] = []  # when last looked for
         self.strays_at = float("-inf")
         self.strays_due: asyncio.TimerHandle | None = None
@@ -1047,12 +1050,14 @@ class Supervisor:
     def hang_up(self) -> None:
         """HUP: a terminal that closes takes what runs in its foreground with it; to a daemon it says to read its configuration again."""
         if not self.terminal or has_terminal():
-            self.try_reload()
+            if self.reloading is None:  # a storm of them is one
+                self.reloading = self.loop.call_later(RELOAD_S, self.try_reload)
         elif not self.stopping:  # the shell and the system may both say so
             self.stop("its terminal was closed")
 
     def try_reload(self) -> None:
         """Nobody waits for the answer: a refusal is told in `status` and in the log."""
+        self.reloading = None
         if not self.stopping:
             with contextlib.suppress(MlxdError):
                 self.reload()
