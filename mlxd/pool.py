@@ -291,9 +291,9 @@ class Pool:
         finally:
             engine.served -= 1
 
-    async def ready(self, engine: Engine, patience_s: float, retry_s: float) -> Connection:
+    async def ready(self, engine: Engine, patience_s: float, hurry: Callable[[], Awaitable[float]]) -> Connection:
         """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 not before
-        `patience_s` are over, or it died and is tried again later than in `retry_s`."""
+        `patience_s` are over, or it died and is tried again later than in so many seconds as `hurry` then says."""
         refusals = engine.refusals
         while True:
             if engine.connection is not None and engine.state == "ready":
@@ -302,8 +302,12 @@ class Pool:
                 raise Refused(
                     400, f"model '{engine.model.name}' cannot be loaded: {engine.cause}", code="model_refused", hopeless=True
                 )
-            if engine.state in ("absent", "retried") and (left := engine.retry_at - now()) > retry_s:
-                raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code=RETRIED, retry_s=left)
+            if (state := engine.state) in ("absent", "retried") and engine.retry_at > now():
+                retry_s = await hurry()
+                if engine.state != state:
+                    continue
+                if (left := engine.retry_at - now()) > retry_s:
+                    raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code=RETRIED, retry_s=left)
             if engine.state == "absent":
                 await self.load(engine, patience_s)
             elif engine.state == "releasing" and engine.connection is not None and not self.making_room.locked():
@@ -311,10 +315,12 @@ class Pool:
             else:
                 await self.changed.wait()
 
-    async def events(self, engine: Engine, entry: Entry, patience_s: float, retry_s: float) -> AsyncGenerator[Event, None]:
+    async def events(
+        self, engine: Engine, entry: Entry, patience_s: float, hurry: Callable[[], Awaitable[float]]
+    ) -> AsyncGenerator[Event, None]:
         """All events of a request, from as many engines as it takes, each of them `ready`. The last is Done or Embedded. Raises Refused."""
         while True:
-            connection = await self.ready(engine, patience_s, retry_s)
+            connection = await self.ready(engine, patience_s, hurry)
             on_trial = entry.suspect
             if on_trial:
                 engine.suspects.append(entry)

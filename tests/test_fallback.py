@@ -61,12 +61,12 @@ def body_for(name: str, **more: Any) -> dict[str, Any]:
 
 
 def post(server: Supervised, path: str, body: Any, headers: dict[str, str] | None = None) -> httpx.Response:
-    with server.client(verify=False) as client:  # a context of TLS takes 0.2 s
+    with server.client() as client:
         return client.post(path, content=body if isinstance(body, bytes) else json.dumps(body), headers=headers)
 
 
 def get(server: Supervised, path: str, **headers: str) -> httpx.Response:
-    with server.client(verify=False) as client:
+    with server.client() as client:
         return client.get(path, headers=headers)
 
 
@@ -280,6 +280,32 @@ def test_one_that_is_tried_again_within_a_minute_is_not_waited_for_so_long(home:
         server.expect("want", lambda word: isinstance(word, Want))
         server.say(EngineDown(1, "held:latest", "it died 3 times", "retried", 60.0))
         assert call.result().headers["x-mlxd-served-by"] == "ollama"
+
+
+def test_a_stream_that_has_begun_waits_for_its_own_model(home: Path) -> None:
+    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"held": "says:latest"}) as server:
+        server.next, server.retry_s = "retried", 30.0
+        server.bring_up("held:latest")
+        asked = {"model": "held", "messages": [{"role": "user", "content": "n=12 die=6"}]}
+        with server.client() as client, client.stream("POST", "/api/chat", json=asked) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            until("its engine's end", lambda: any("'retried'" in line for line in server.history), server.told)
+            server.bring_up("held:latest")
+            told = [json.loads(line) for line in (first, *lines)]
+    assert "x-mlxd-served-by" not in answer.headers
+    assert "".join(line["message"]["content"] for line in told) == "".join(f"w{n} " for n in range(12))
+
+
+def test_where_ollama_has_no_equivalent_a_model_of_ours_is_waited_for_as_ever(home: Path) -> None:
+    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"held": "nothing-such"}) as server:
+        call = Background(lambda: post(server, "/api/chat", body_for("held", stream=False)))
+        server.expect("want", lambda word: isinstance(word, Want))
+        server.say(EngineDown(1, "held:latest", "it died 3 times", "retried", 60.0))
+        server.let_pass(2)
+        server.let_up()
+        answer = call.result()
+        assert answer.status_code == 200 and "x-mlxd-served-by" not in answer.headers
 
 
 # --- loops ---------------------------------------------------------------------------------------------------------------------------

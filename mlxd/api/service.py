@@ -159,11 +159,11 @@ class Service:
         with self.pool.using(model, keep_alive_s) as engine:
             if keep_alive_s != 0:
                 self.check_supervised()
-                await exchange.while_connected(self.ready(engine))
+                await exchange.while_connected(self.ready(exchange, engine))
         return max(1, exchange.age_ns())
 
-    async def ready(self, engine: Engine) -> None:
-        await self.pool.ready(engine, *self.patience(engine.model))
+    async def ready(self, exchange: Exchange, engine: Engine) -> None:
+        await self.pool.ready(engine, self.config.server.queue_wait_s, lambda: self.hurry(exchange, engine.model))
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
@@ -243,13 +243,13 @@ class Service:
                     tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
                     engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
-                    await self.pool.ready(engine, *self.patience(request.model))
+                    await self.ready(exchange, engine)
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
 
                     async def go(choice: int) -> None:
                         await tickets[choice].admitted()
                         exchange.filler = filler
-                        await self.follow(engine, choice, entries[choice], tell)
+                        await self.follow(exchange, engine, choice, entries[choice], tell)
                         tickets[choice].leave()  # to another choice, perhaps, that has no slot yet
 
                     await together([go(choice) for choice in range(len(entries))])
@@ -258,16 +258,20 @@ class Service:
         finally:
             exchange.filler = None
 
-    async def follow(self, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
+    async def follow(self, exchange: Exchange, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
+        wait_s = self.config.server.queue_wait_s
         with self.pool.serving(engine):
-            async with aclosing(self.pool.events(engine, entry, *self.patience(entry.request.model))) as events:
+            async with aclosing(
+                self.pool.events(engine, entry, wait_s, lambda: self.hurry(exchange, entry.request.model))
+            ) as events:
                 async for event in events:
                     await tell(choice, entry, event)
 
-    def patience(self, model: Model) -> tuple[float, float]:
-        """How long a request waits for a model: in all, and for one that died to be tried again."""
+    async def hurry(self, exchange: Exchange, model: Model) -> float:
+        """How long a request waits for a model that died to be tried again: not for long where Ollama can answer it instead."""
         wait_s = self.config.server.queue_wait_s
-        return wait_s, min(wait_s, HURRY_S) if self.stand_in(model) else wait_s
+        theirs = self.stand_in(model)
+        return min(wait_s, HURRY_S) if self.fallback and theirs and await self.fallback.can(exchange, theirs) else wait_s
 
     def stand_in(self, model: Model) -> str:
         """The model of Ollama's that answers while `model` cannot be loaded; "": none does."""
