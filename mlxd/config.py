@@ -6,11 +6,13 @@ defaults < config.toml < .env < environment < flags. A value that cannot be used
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import ipaddress
 import os
 import re
 import shlex
+import stat
 import tomllib
 from collections.abc import Mapping
 from io import StringIO
@@ -213,6 +215,11 @@ def of_engine(config: Config) -> object:
     return config.engine, config.log, config.server.max_concurrent, config.health.canary_s
 
 
+def for_engine(config: Config) -> Config:
+    """Without what may hold a secret and is no engine's business: a webhook's command, a neighbour's URL."""
+    return msgspec.structs.replace(config, events=Events(), ollama=Ollama())
+
+
 #: The names that users already have in their environment. Any other setting is MLXD_ + section + _ + key.
 NAMES = {
     "MLX_API_PORT": ("server", "port"),
@@ -314,7 +321,7 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 def parse_toml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -323,6 +330,14 @@ def parse_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:  # its text ends with "(at line 3, column 7)"
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """Of a regular file, a link to one included: a pipe in its place would hold up who opens it. Raises OSError, UnicodeDecodeError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        return file.read()
 
 
 def read_services(path: Path) -> list[Service]:
@@ -361,7 +376,7 @@ def nearest(name: str, known: Any, prefix: str = "") -> str:
 def read_env(path: Path) -> Mapping[str, str]:
     """The variables of a .env file; {} without one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:

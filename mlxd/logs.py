@@ -100,6 +100,12 @@ def stack(record: logging.LogRecord) -> str:
     return "Traceback (most recent call last):\n" + "".join(traceback.format_tb(trace)) + f"{name}"
 
 
+def words_of(error: BaseException) -> str:
+    """Its kind, and its words if they are MLX's or the system's and tell the cause; those of others may quote a request."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, (RuntimeError, MemoryError, OSError, ImportError)) else name
+
+
 def printable(text: str) -> str:
     """What cannot be seen is escaped: nobody's text may drive the reader's terminal, or look like two lines."""
     return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -193,3 +193,8 @@ def test_of_an_exception_its_place_and_kind_are_told_and_not_its_words(
         assert {"level": "error", "text": "a\nproblem \x1b", "request_id": "req_1"}.items() <= json.loads(text).items()
     else:
         assert text.splitlines()[0].endswith("  a\\nproblem \\x1b  req_1")
+
+
+def test_of_an_unforeseen_error_only_the_systems_words_are_told() -> None:
+    assert logs.words_of(ValueError("what somebody has asked")) == "ValueError"
+    assert logs.words_of(RuntimeError("[metal::malloc] Resource limit (499000) exceeded.")).endswith("exceeded.")

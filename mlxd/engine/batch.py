@@ -6,14 +6,12 @@ Owns the model, mlx-lm's batch generator and the prefix index. Told what to do t
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import queue
 import resource
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +33,7 @@ from mlxd.engine.logprobs import Odds
 from mlxd.engine.prefix import PrefixIndex
 from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
+from mlxd.logs import words_of
 from mlxd.messages import Counters, Load, Sampling
 from mlxd.modelfiles import ENCODERS, Broken
 
@@ -195,9 +194,8 @@ class Batch:
         except WrongOutput as error:
             self.post(Ended("error", str(error)))
         except Exception as error:
-            with contextlib.suppress(OSError):  # a full disk, perhaps what this is about
-                traceback.print_exc()
-            self.post(Ended("error", f"{type(error).__name__}: {error}"))
+            log.error("the model thread has failed: %s", words_of(error), exc_info=True)
+            self.post(Ended("error", words_of(error)))
 
     def open(self, load: Load, view: Path) -> Opened:
         """Load the model. Raises Broken when it never will."""

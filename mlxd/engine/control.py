@@ -20,6 +20,7 @@ from mlxd import link, messages
 from mlxd.engine.batch import Batch, Ended, Opened, Tick
 from mlxd.engine.service import Service
 from mlxd.link import EX_SOFTWARE, ChildSettings, Link
+from mlxd.logs import words_of
 from mlxd.messages import Beat, Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Stop, SupervisorWord
 from mlxd.policy import PRODUCTIVE_TOKENS
 
@@ -95,8 +96,9 @@ class Engine:
 
     def broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that nothing expects: some job would wait for ever. End, so that another engine takes over."""
-        loop.default_exception_handler(context)
-        self.task = loop.create_task(self.end("error", f"{context.get('exception') or context['message']!r}", EX_SOFTWARE))
+        error = context.get("exception")
+        log.error("%s", context["message"] if error is None else words_of(error), exc_info=error)
+        self.task = loop.create_task(self.end("error", context["message"] if error is None else words_of(error), EX_SOFTWARE))
 
     def overdue(self, text: str) -> None:
         """The request has got its answer; the text thread is lost."""
