@@ -78,6 +78,7 @@ class Child:
     retry_s: float = 0.0  # in BACKOFF and COOLDOWN: until the next try
     hold: str = ""  # why HELD, in words
     hold_cause: Literal["", "fault", "memory"] = ""
+    unfit_program: str = ""  # what lay in the place of a program that could not be started
     restarts: int = 0
     trial: bool = False
     died_of: str = ""  # the cause of the last death
@@ -134,8 +135,13 @@ class Child:
         """
         Path(settings.stack).unlink(missing_ok=True)
         self.dump = settings.stack
-        log = self.open_log(settings.log)
         ours, theirs = socket.socketpair()
+        try:
+            log = self.open_log(settings.log)
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         ours.setblocking(False)
         settings.link_fd = theirs.fileno()
         environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
@@ -179,7 +185,10 @@ class Child:
             there = path.lstat()
             if (there.st_dev, there.st_ino) == self.log_id:
                 return
-        os.close(self.open_log(path))
+        try:
+            os.close(self.open_log(path))
+        except OSError:  # out of descriptors: the next look tries again
+            return
         if not self.log_problem:
             self.link.send(Reopen())
 
@@ -322,6 +331,15 @@ class Child:
         if psutil.virtual_memory().available >= self.available_bytes + 0.8 * self.lost_bytes:
             self.lost_bytes = 0
         return not self.lost_bytes
+
+
+def program_id(program: str) -> str:
+    """Another one for whatever else lies there; "missing" for nothing."""
+    try:
+        found = Path(shutil.which(program) or program).stat()
+    except OSError:
+        return "missing"
+    return f"{found.st_dev} {found.st_ino} {found.st_mode} {found.st_ctime_ns}"
 
 
 def why_unfit(program: str, error: OSError) -> str:

@@ -74,7 +74,7 @@ def process_of(pid: int) -> Process | None:
 
 
 def lives(process: Process) -> bool:
-    return process_of(process.pid) == process
+    return process.pid > 1 and process_of(process.pid) == process
 
 
 def end(process: Process, term_s: float, kill_s: float) -> bool:

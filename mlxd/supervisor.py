@@ -85,7 +85,7 @@ EXCESS_TICKS = 5
 #: What a child left behind is looked for so long after something has ended, once for all that ends meanwhile: a look costs some milliseconds.
 STRAYS_S = 0.1
 #: HUPs within this time are one.
-RELOAD_S = 0.1
+HUP_S = 0.1
 
 #: A program that is not there, or cannot be one: trying again would not help.
 UNFIT_PROGRAM = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR)
@@ -152,7 +152,7 @@ class Supervisor:
         self.answer = monitor.Answer.OURS  # to the last poll
         self.flapped_at = float("-inf")  # when a server was last replaced because it answered now and then
         self.terminal = False  # whether we shall end with one
-        self.reloading: asyncio.TimerHandle | None = None  # a HUP will be heeded
+        self.hup: asyncio.TimerHandle | None = None  # one that will be heeded
         self.strays: list[strays.Stray] = []  # when last looked for
         self.strays_at = float("-inf")
         self.strays_due: asyncio.TimerHandle | None = None
@@ -407,12 +407,12 @@ class Supervisor:
 
     def spawn(self, one: Child) -> None:
         """A new process in the slot. A program that cannot be started has ended, too."""
-        one.hold = one.hold_cause = ""
+        one.hold = one.hold_cause = one.unfit_program = ""
         one.refusal = None
         if one.died_of:
             one.restarts += 1
         settings = link.ChildSettings(
-            config=self.config,
+            config=self.config if one.kind == "server" else config.for_engine(self.config),
             link_fd=-1,
             slot=one.slot,
             nonce=self.nonce,
@@ -431,7 +431,7 @@ class Supervisor:
         except OSError as error:
             problem = f"cannot start {error.filename or one.name}: {child.why_unfit(argv[0], error)}"
             if error.filename == argv[0] and error.errno in UNFIT_PROGRAM:
-                one.hold, one.hold_cause = problem, "fault"
+                one.hold, one.hold_cause, one.unfit_program = problem, "fault", child.program_id(argv[0])
             with contextlib.suppress(ConfigError):  # a directory of ours may have been removed; without it, too, we try again
                 paths.prepare(self.paths)
             self.loop.call_soon(self.ended, one, None, problem)
@@ -864,7 +864,7 @@ class Supervisor:
 
     def mend_control(self) -> None:
         """A cleaner of temporary files was here: without its name nobody finds the control socket."""
-        if not self.paths.control.exists() and not self.handing_over:
+        if not os.path.exists(self.paths.control) and not self.handing_over:  # noqa: PTH110 Path.exists raises EACCES and EIO
             log.warning("the control socket was removed; it is put back")
             with contextlib.suppress(ConfigError):  # the next look tries again
                 paths.prepare(self.paths)
@@ -942,6 +942,9 @@ class Supervisor:
             self.begin()
         for one in self.children():
             self.await_memory(one, 0.0)
+            program = child.command(one.kind, self.config)[0]
+            if one.state is State.HELD and one.unfit_program and one.unfit_program != child.program_id(program):
+                self.handle(one, Event.MENDED)  # an upgrade was under way
 
     def await_memory(self, one: Child, until: float) -> None:
         """Go on as soon as a killed process's memory is back."""
@@ -1044,20 +1047,24 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
         self.terminal = has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup: outlive it
-        self.loop.add_signal_handler(signal.SIGHUP, self.hang_up)
+        self.loop.add_signal_handler(signal.SIGHUP, self.heed_hup)
         self.loop.add_signal_handler(signal.SIGCHLD, self.reap)
+
+    def heed_hup(self) -> None:
+        """A storm of them is one."""
+        if self.hup is None:
+            self.hup = self.loop.call_later(HUP_S, self.hang_up)
 
     def hang_up(self) -> None:
         """HUP: a terminal that closes takes what runs in its foreground with it; to a daemon it says to read its configuration again."""
+        self.hup = None
         if not self.terminal or has_terminal():
-            if self.reloading is None:  # a storm of them is one
-                self.reloading = self.loop.call_later(RELOAD_S, self.try_reload)
+            self.try_reload()
         elif not self.stopping:  # the shell and the system may both say so
             self.stop("its terminal was closed")
 
     def try_reload(self) -> None:
         """Nobody waits for the answer: a refusal is told in `status` and in the log."""
-        self.reloading = None
         if not self.stopping:
             with contextlib.suppress(MlxdError):
                 self.reload()

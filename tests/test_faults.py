@@ -70,6 +70,18 @@ def test_a_program_that_cannot_be_run_is_held_with_the_reason_until_the_configur
         assert spawned(d, "server") == number
 
 
+def test_a_program_that_comes_back_is_started(daemon: Make, home: Path) -> None:
+    """As an upgrade takes it away for a while."""
+    program = home / "python"
+    d = daemon(server=None)
+    d.environ["MLXD_SERVER_COMMAND"] = f"{program} {HERE / 'fake_child.py'}"
+    d.start()
+    d.until("held", lambda s: s["state"] == "held" and f"cannot start {program}" in s["reason"])
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program.chmod(0o700)
+    d.ready()
+
+
 def other_user() -> list[str]:
     """A command that runs another as somebody whose processes are counted: nobody counts root's."""
     if os.getuid():
@@ -415,7 +427,8 @@ def test_a_wall_clock_that_jumps_moves_no_deadline(daemon: Make, home: Path) -> 
 
 #: Becomes its arguments, in a session of its own on the terminal that is its stdin.
 ON_TERMINAL = (
-    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"  # whoever runs the tests may ignore it
 )
 
 
@@ -615,7 +628,7 @@ def test_on_a_full_disk_the_server_serves_and_engines_come_back_when_there_is_ro
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", str(small)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small tmpfs here")
-    d = real()
+    d = real(MLXD_SUPERVISOR_SPARE_BYTES="0")
     d.home, d.environ = small, d.environ | {"MLXD_HOME": str(small)}
     d.paths = paths.locate(d.environ)
     try:
