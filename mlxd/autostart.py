@@ -26,6 +26,8 @@ CARRIED = (
     *("HOME", "MLXD_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "MLX_API_URL", "OLLAMA_URL", "CUDA_VISIBLE_DEVICES"),
 )
+#: Of these, and of the settings: directories.
+PLACES = {"MLXD_HOME", "HF_HOME", "HF_HUB_CACHE", "MLX_MODELS_DIR"}
 #: What must not lie in a file that everybody may read.
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 #: launchd's own PATH lacks Homebrew, and the installing shell's may name directories of that day.
@@ -59,7 +61,7 @@ def place(environ: Mapping[str, str]) -> str:
     """Where the state is, comparable."""
     if home := environ.get("MLXD_HOME"):
         return str(Path(home).expanduser().absolute())
-    return environ.get("XDG_STATE_HOME") or environ.get("HOME") or str(Path.home())
+    return environ.get("XDG_STATE_HOME") or str(Path(environ.get("HOME") or Path.home()) / ".local/state")
 
 
 def environment_of(file: Path) -> dict[str, str] | None:
@@ -71,7 +73,10 @@ def environment_of(file: Path) -> dict[str, str] | None:
     if file.suffix == ".plist":
         import plistlib
 
-        found: dict[str, str] = plistlib.loads(text)["EnvironmentVariables"]
+        try:
+            found: dict[str, str] = plistlib.loads(text)["EnvironmentVariables"]
+        except Exception as error:  # plistlib raises whatever expat, its own parser or a lookup does
+            raise MlxdError(f"{file} is damaged: remove it, and run `mlxd autostart install` again") from error
         return found
     pairs = re.findall(r'^Environment="(.*)"$', text.decode(), re.MULTILINE)
     return dict(re.sub(r"\\(.)", r"\1", pair).replace("%%", "%").split("=", 1) for pair in pairs)
@@ -88,12 +93,15 @@ def report(manager: Manager) -> dict[str, Any]:
         "file": str(file),
     }
     if environment is not None:
-        job, recover = manager.look(manager.mlxd), manager.look(manager.recover)
+        job, recover = (
+            manager.look(manager.mlxd),
+            manager.look(manager.recover),
+        )  # a timer is active or inactive, launchd's job neither
         told |= {
             "enabled": job.enabled,
             "state": job.state,
             "pid": job.pid,
-            "recover": recover.enabled,
+            "recover": recover.enabled and recover.state not in ("inactive", "failed"),
             "begins": manager.begins(),
             "environment": environment,
         }
@@ -119,9 +127,12 @@ def write(manager: Manager, environ: Mapping[str, str] = os.environ) -> set[str]
         file = manager.directory / name
         if paths.read_small(file) != text:
             changed.add(name)
-            manager.directory.mkdir(parents=True, exist_ok=True)
-            paths.write_atomically(file, text)
-            file.chmod(0o644)  # both managers read it for everybody
+            try:
+                manager.directory.mkdir(parents=True, exist_ok=True)
+                paths.write_atomically(file, text)
+                file.chmod(0o644)  # both managers read it for everybody
+            except OSError as error:
+                raise MlxdError(f"cannot write {file}: {error.strerror}; make {manager.directory} yours (`sudo chown`)") from error
     return changed
 
 
@@ -132,7 +143,8 @@ def load(manager: Manager, changed: set[str]) -> bool:
     begun = False
     for job, files in manager.jobs.items():
         found = manager.look(job)
-        if changed & set(files) or not found.enabled or (job == manager.mlxd and found.pid is None):
+        idle = found.pid is None if job == manager.mlxd else found.state in ("inactive", "failed")
+        if changed & set(files) or not found.enabled or idle:
             manager.install(job)
             begun = True
     return begun
@@ -144,8 +156,8 @@ def remove(manager: Manager) -> bool:
     for job, files in reversed(manager.jobs.items()):  # what would start mlxd again goes first
         if any((manager.directory / name).exists() for name in files):
             found = True
-            if manager.system:
-                managers.need_root(sys.executable, "-m", "mlxd", "autostart", "uninstall", "--system")
+            if manager.needs_root:
+                raise managers.no_root(sys.executable, "-m", "mlxd", "autostart", "uninstall", "--system")
             manager.remove(job)
     return found
 
@@ -153,7 +165,10 @@ def remove(manager: Manager) -> bool:
 def chosen(environ: Mapping[str, str]) -> dict[str, str]:
     """What of this environment the jobs get: every setting and where things are, never a token."""
     names = [name for name in (*CARRIED, *sorted(config.variables())) if name in environ and not SECRET.search(name)]
-    return {name: environ[name] for name in names} | {"PATH": f"{Path(sys.executable).parent}:{PATH}"}
+    found = {name: environ[name] for name in names}
+    for name in PLACES & found.keys():  # a job's working directory is /
+        found[name] = str(Path(found[name]).expanduser().absolute())
+    return found | {"PATH": f"{Path(sys.executable).parent}:{PATH}"}
 
 
 def invoker(environment: dict[str, str]) -> Account:

@@ -128,6 +128,7 @@ class Client:
 
     def call(self, path: str, body: Any = None) -> Any:
         """GET, or POST of `body` as JSON; the answer, from JSON. Raises NotRunning, or MlxdError with the server's own words."""
+        from http.client import HTTPException
         from urllib import error, request  # 40 ms
 
         opener = request.build_opener(request.ProxyHandler({}))  # a proxy for the world does not know our localhost
@@ -139,5 +140,7 @@ class Client:
             raise MlxdError(
                 f"{asked.full_url} answers {refused.code}: {refused.read().decode(errors='replace').strip()}"
             ) from refused
-        except OSError as failed:
+        except (OSError, HTTPException) as failed:
             raise MlxdError(f"{asked.full_url} did not answer: {getattr(failed, 'reason', failed)}") from failed
+        except ValueError as failed:
+            raise MlxdError(f'{asked.full_url} answers with what is not one JSON value; ask with "stream": false') from failed

@@ -49,7 +49,18 @@ class Found:
     last_exit: int | None = None
 
 
-class Launchd:
+class Scope:
+    """`system`: the whole machine's, not the user's who asks."""
+
+    system: bool
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether anything but a look is refused to us."""
+        return self.system and os.geteuid() != 0
+
+
+class Launchd(Scope):
     """launchd on macOS: agents of the user who asks, or daemons of the machine."""
 
     name = "launchd"
@@ -139,12 +150,12 @@ class Launchd:
             time.sleep(0.5)
 
     def act(self, *words: str, fine: tuple[int, ...] = (0,), deadline_s: float = CALL_S) -> subprocess.CompletedProcess[str]:
-        if self.system:
-            need_root("launchctl", *words)
+        if self.needs_root:
+            raise no_root("launchctl", *words)
         return checked(call("launchctl", *words, deadline_s=deadline_s), fine)
 
 
-class Systemd:
+class Systemd(Scope):
     """systemd on Linux: units of the user who asks, or of the machine."""
 
     name = "systemd"
@@ -179,8 +190,8 @@ class Systemd:
         self.act("start", job)
 
     def stop(self, job: str) -> None:
-        """Down until `start` or the next boot or login; a restart that is due is called off. Raises MlxdError."""
-        self.act("stop", job)
+        """Down until `start` or the next boot or login; a restart that is due is called off, and what a timer has begun. Raises MlxdError."""
+        self.act("stop", *self.jobs[job])
 
     def restart(self, job: str) -> None:
         """A new process, the old one ended first. Raises MlxdError."""
@@ -195,7 +206,8 @@ class Systemd:
     def remove(self, job: str) -> None:
         """Stop the unit and forget it; its files go, too. Raises MlxdError."""
         if self.look(job).loaded:
-            self.act("disable", "--now", job)
+            self.act("disable", job)
+            self.stop(job)
         for name in self.jobs[job]:
             (self.directory / name).unlink(missing_ok=True)
         self.act("daemon-reload")
@@ -219,8 +231,8 @@ class Systemd:
                 call("loginctl", "enable-linger", user_name())
 
     def act(self, *words: str) -> None:
-        if self.system:
-            need_root(*self.command, *words)
+        if self.needs_root:
+            raise no_root(*self.command, *words)
         checked(call(*self.command, *words, deadline_s=STOP_S))
 
 
@@ -266,10 +278,9 @@ def checked(done: subprocess.CompletedProcess[str], fine: tuple[int, ...] = (0,)
     raise MlxdError(f"`{shlex.join(done.args)}` was refused: {words}")
 
 
-def need_root(*command: str) -> None:
-    """Raises MlxdError with the command that asks for it."""
-    if os.geteuid() != 0:
-        raise MlxdError(f"this is installed for the whole machine and needs root: sudo {shlex.join(command)}")
+def no_root(*command: str) -> MlxdError:
+    """Names the command to type."""
+    return MlxdError(f"this is installed for the whole machine and needs root: sudo {shlex.join(command)}")
 
 
 def user_name() -> str:

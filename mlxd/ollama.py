@@ -27,7 +27,8 @@ def look(url: str, limit_s: float, probe_s: float | None = None) -> Look:
     if reply.status != 200 or not isinstance(version, str):
         return Look("stranger", f"what answers there is not Ollama (status {reply.status})", reply.seconds, advice=not_ollama(url))
     try:
-        models = probe.fetch(f"{url}/api/ps", limit_s).json.get("models") or []
+        told = probe.fetch(f"{url}/api/ps", limit_s).json.get("models")
+        models = told if isinstance(told, list) else []
         models = [model for model in models if isinstance(model, dict) and isinstance(model.get("name"), str)]
         if probe_s is not None and (body := question(models, datetime.now(UTC))) is not None:
             probe.fetch(f"{url}/api/generate", probe_s, body)

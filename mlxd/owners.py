@@ -75,7 +75,7 @@ def command(words: list[str], log: Path) -> Owner:
     """A person's own command; what it says goes to `log`."""
 
     def restart() -> None:
-        file = paths.open_log(log)
+        file, _ = paths.open_log_anyway(log)
         try:
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, cwd="/")
         except OSError as error:
@@ -100,7 +100,7 @@ def plain_ollama(served: Process | None, address: str, log: Path) -> Owner:
     def restart() -> Process | None:
         if served is not None and not leftovers.end(served, OLLAMA_STOP_S, OLLAMA_STOP_S):
             raise MlxdError(f"`ollama serve` (pid {served.pid}) cannot be ended; a reboot may be needed")
-        file = paths.open_log(log)
+        file, _ = paths.open_log_anyway(log)
         try:
             process = subprocess.Popen(
                 ["ollama", "serve"],

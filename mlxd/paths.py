@@ -146,7 +146,8 @@ def purge(paths: Paths) -> None:
     for directory, names in (
         (paths.run, ("*.sock", "*.stack", "lease")),
         (paths.logs, ("*.log",)),
-        (paths.home, ("mlxd.pid", "mlxd.lock", "state.json", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
+        (paths.home, ("mlxd.pid", "mlxd.lock", "state.json*", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
+        (paths.home, ("recovery.json", "recovery.lock")),
         (paths.config_dir, ("config.toml", ".env", "token")),
     ):
         for name in names:

@@ -6,6 +6,7 @@ Standard library only, and little of that: `mlxd status` and programs that impor
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from dataclasses import dataclass, field
@@ -74,8 +75,8 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
         sock = socket.create_connection((parts.hostname, port_of(url)), timeout=limit_s)
     except TimeoutError as error:
         raise NoReply("hung", f"no connection within {limit_s:g} s") from error
-    except OSError as error:
-        raise NoReply("down", error.strerror or str(error)) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no resolver takes
+        raise NoReply("down", getattr(error, "strerror", None) or str(error)) from error
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     # HTTP/1.0: the answer has no chunks and ends with the connection.
     head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.0\r\nHost: {parts.netloc}\r\nAccept: */*\r\nConnection: close\r\n"
@@ -95,6 +96,10 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
     finally:
         sock.close()
     return parse(data, time.monotonic() - start)
+
+
+def is_local(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def port_of(url: str) -> int:
@@ -122,7 +127,7 @@ def is_whole(data: bytes) -> bool:
     head, found, body = data.partition(b"\r\n\r\n")
     for line in head.lower().split(b"\r\n") if found else ():
         name, _, value = line.partition(b":")
-        if name == b"content-length" and value.strip().isdigit():
+        if name == b"content-length" and re.fullmatch(rb"\s*\d{1,18}\s*", value):
             return len(body) >= int(value)
     return False
 
@@ -131,7 +136,7 @@ def parse(data: bytes, seconds: float) -> Reply:
     head, found, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split(" ", 2)
-    if not found or not words[0].startswith("HTTP/1.") or len(words) < 2 or not words[1].isdecimal():
+    if not found or not words[0].startswith("HTTP/1.") or len(words) < 2 or not re.fullmatch(r"\d{3}", words[1], re.ASCII):
         raise NoReply("garbled", "what it says is not HTTP" if data else "it closes the connection without an answer")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return Reply(int(words[1]), headers, body[:BODY_BYTES], seconds)

@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from mlxd import child, config, control, endpoint, leftovers, lock, ollama, owners, paths, ports, probe
+from mlxd import autostart, child, config, control, endpoint, leftovers, lock, logs, ollama, owners, paths, ports, probe
 from mlxd.config import Config
+from mlxd.control import Refused
 from mlxd.errors import MlxdError, NotRunning
 from mlxd.leftovers import Process
 from mlxd.owners import Owner
@@ -36,6 +37,8 @@ FIGHT = 2
 PAUSE_S = 1.0
 #: Somebody else repairs for so long at most: a hang is looked at three times, and the worst stop takes 50 s.
 TURN_S = 300.0
+#: Of `mlxd start --no-wait`, which waits for the end of a stop (60 s) and, where launchd or systemd begins it, for an answer (60 s).
+START_S = 150.0
 #: A supervisor that was stopped (SIGSTOP) answers by then.
 WAKE_S = 5.0
 LOG_BYTES, LOG_KEEP_BYTES = 10 * 1024 * 1024, 1024 * 1024
@@ -74,7 +77,7 @@ def decide(look: Look, allowed: str, owner: Owner, done: list[Action], now: floa
         return False, owner.remedy
     recent = [action for action in done if now - action.at < HOUR_S]
     if sum(action.undone for action in recent) >= FIGHT:
-        return False, f"left alone: what mlxd restarts is ended again by somebody else; find out who, then {owner.remedy}"
+        return False, f"left alone: what mlxd has restarted was ended twice within the hour; find out by whom, then {owner.remedy}"
     if len(recent) >= most:
         minutes = (recent[-most].at + HOUR_S - now) / 60 if most else 60
         return False, f"left alone: {len(recent)} repairs within the hour; the next in {minutes:.0f} min, or {owner.remedy}"
@@ -104,11 +107,13 @@ def all_up(reports: list[Report]) -> bool:
 
 
 class Service(Protocol):
-    """`own`: mlxd itself; its lock tells for certain whether it lives. `allowed`: why it must not be repaired, in the words of `decide`.
+    """`own`: mlxd itself; its lock tells for certain whether it lives. `fights`: its owner may want another process in its place.
+    `allowed`: why it must not be repaired, in the words of `decide`.
     `most`: of its repairs within an hour; None: as of the others."""
 
     name: str
     own: bool
+    fights: bool
     wanted: bool
     allowed: str
     most: int | None
@@ -125,6 +130,7 @@ class Service(Protocol):
 class Mlx:
     name = "mlx"
     own = True
+    fights = False
     allowed = ""
     most: int | None = None
 
@@ -136,6 +142,8 @@ class Mlx:
     def look(self, patience_s: float) -> Look:
         try:
             told = ask(self.where, patience_s)
+        except Refused as refused:
+            return Look("failing", f"its supervisor answers: {refused}", supervised=True, advice="look at `mlxd logs --supervisor`")
         except MlxdError as silent:
             proven = leftovers.supervisor_of(self.where) is not None
             advice = "" if proven else f"find out who holds {self.where.lock} (`lsof`), and end it; then `mlxd start`"
@@ -168,14 +176,22 @@ class Mlx:
         return Look("stranger", f"the port is held by {who}", advice="end that, or choose another MLX_API_PORT; then `mlxd start`")
 
     def owner(self, look: Look, memory: Memory) -> Owner:
+        manager = autostart.owner()
+        if manager is not None and manager.needs_root:  # it begins mlxd by itself, and a job of ours may not ask it to
+            return Owner(manager.name, f"sudo {sys.executable} -m mlxd start")
         return Owner("mlxd", "mlxd start", lambda: self.restart(look))
 
     def restart(self, look: Look) -> None:
         """Raises MlxdError. `mlxd start` goes through launchd or systemd where it is installed there."""
         if look.state == "silent":
             self.wake_or_end()
-        start = [sys.executable, "-m", "mlxd", "start"]  # which gives up when nothing has moved for 60 s
-        ran = subprocess.run(start, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/", check=False)
+        start = [sys.executable, "-m", "mlxd", "start", "--no-wait"]
+        try:
+            ran = subprocess.run(
+                start, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd="/", check=False, timeout=START_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise MlxdError(f"`mlxd start` has not ended within {START_S:g} s") from error
         if ran.returncode:
             words = (ran.stderr.strip() or ran.stdout.strip()).removeprefix("Error: ")
             raise MlxdError(f"`mlxd start` ended with status {ran.returncode}: {words}")
@@ -198,6 +214,7 @@ class Mlx:
 class Ollama:
     name = "ollama"
     own = False
+    fights = True
     most: int | None = None
 
     def __init__(self, where: paths.Paths, settings: Config):
@@ -208,13 +225,13 @@ class Ollama:
 
     def look(self, patience_s: float) -> Look:
         server = self.settings.server
-        if is_local(self.address) and probe.port_of(self.address) == server.port:
+        if probe.is_local(self.address) and probe.port_of(self.address) == server.port:
             return Look("stranger", "OLLAMA_URL is mlxd's own address", advice="set OLLAMA_URL to where Ollama is")
         probe_s = self.settings.health.stalled_s if self.settings.ollama.probe else None
         return ollama.look(self.address, self.settings.health.max_time_s, probe_s)
 
     def owner(self, look: Look, memory: Memory) -> Owner:
-        if not is_local(self.address):
+        if not probe.is_local(self.address):
             return Owner("another machine", f"look at it on {urlsplit(self.address).hostname}")
         served = memory.ollama if memory.ollama is not None and leftovers.lives(memory.ollama) else None
         address = urlsplit(self.address).netloc
@@ -226,6 +243,7 @@ class Other:
     """One of the configuration's."""
 
     own = False
+    fights = False
 
     def __init__(self, where: paths.Paths, settings: Config, service: config.Service):
         self.where, self.limit_s, self.service = where, settings.health.max_time_s, service
@@ -254,7 +272,8 @@ OTHER_HOME = "set MLXD_HOME to that of the mlxd that runs, or choose another MLX
 
 
 def ask(where: paths.Paths, patience_s: float) -> dict[str, Any] | None:
-    """The supervisor's status; None when there is none. Raises MlxdError when one holds the lock and answers nobody for `patience_s`."""
+    """The supervisor's status; None when there is none. Raises MlxdError when one holds the lock and answers nobody for `patience_s`,
+    Refused when it answers that it cannot tell."""
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -262,6 +281,8 @@ def ask(where: paths.Paths, patience_s: float) -> dict[str, Any] | None:
         except NotRunning:
             if not lock.is_locked(where.lock):
                 return None  # else it starts, or its socket was removed
+        except Refused:
+            raise
         except MlxdError:
             pass
         if time.monotonic() >= end:
@@ -275,12 +296,8 @@ def is_mlxd(reply: probe.Reply) -> bool:
 
 def answering(url: str) -> Process | None:
     """The process that answers there, where the system tells."""
-    process = ports.listener(probe.port_of(url)) if is_local(url) else None
+    process = ports.listener(probe.port_of(url)) if probe.is_local(url) else None
     return leftovers.process_of(process.pid) if process is not None else None
-
-
-def is_local(url: str) -> bool:
-    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 # --- looking and acting -----------------------------------------------------------------------------------------------------------
@@ -316,7 +333,7 @@ class Recovery:
         """The owner to act through; None: do not act."""
         done = memory.actions.get(service.name, [])
         owner = service.owner(look, memory)
-        if look.state in MENDABLE and done and done[-1].process is not None:
+        if look.state in MENDABLE and service.fights and done and done[-1].process is not None:
             process = done[-1].process
             done[-1].undone = process.boot == leftovers.boot_id() and not leftovers.lives(process)
         act, advice = decide(look, service.allowed, owner, done, time.time(), most)
@@ -343,6 +360,8 @@ class Recovery:
             fd = lock.flocked(self.where.recovery_lock, TURN_S)
         except BlockingIOError:
             raise MlxdError(f"another mlxd has been repairing for {TURN_S / 60:.0f} min; find it with `ps`") from None
+        except OSError as error:
+            raise MlxdError(f"cannot open {self.where.recovery_lock}: {error.strerror}; nothing is repaired without it") from error
         try:
             yield
         finally:
@@ -367,12 +386,11 @@ class Recovery:
         try:
             keep(self.where, memory)
             log.info("%s is %s (%s): restarting it through %s", report.name, report.state, report.reason, owner.name)
-            begun = owner.restart()
-        except MlxdError as error:
+            memory.ollama = owner.restart() or memory.ollama
+            keep(self.where, memory)  # at once: whoever dies now leaves an `ollama serve` that is still known
+        except (MlxdError, OSError) as error:  # OSError: no room for a process, or for a file
             log.warning("%s could not be restarted through %s: %s", report.name, owner.name, error)
             return msgspec.structs.replace(report, did=f"could not be restarted through {owner.name}: {error}")
-        if begun is not None:
-            memory.ollama = begun
         look = self.settled(service)
         took = f"after {time.monotonic() - start:.1f} s"
         done[-1].well = look.well
@@ -416,9 +434,6 @@ def begin_log(where: paths.Paths) -> None:
     for name in ("recovery", "ollama"):
         child.shorten_log(where.log(name), LOG_BYTES, LOG_KEEP_BYTES)
     if not log.handlers:
-        handler = logging.FileHandler(where.log("recovery"), delay=True)
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
-        log.addHandler(handler)
+        log.addHandler(logs.Lines(lambda line: paths.append(where.log("recovery"), line), logs.Text()))
         log.setLevel(logging.INFO)
         log.propagate = False
-        logging.raiseExceptions = False  # a full disk is no reason not to repair

@@ -114,9 +114,10 @@ def systemctl(verb: str, words: list[str], jobs: Jobs) -> None:
         end(0, f"LoadState={loaded}\nActiveState={state}\nUnitFileState={file}\nMainPID={jobs.pid(job)}\nExecMainStatus=0")
     if verb == "enable":
         enabled.touch()
-    if verb in ("disable", "stop", "restart"):
-        jobs.finish(job)
-        jobs.pop(job, None)
+    if verb in ("stop", "restart"):
+        for one in words:
+            jobs.finish(one)
+            jobs.pop(one, None)
         jobs.keep()
     if verb == "disable":
         enabled.unlink(missing_ok=True)

@@ -75,6 +75,7 @@ def test_launchd_runs_recover_at_load_and_every_five_minutes() -> None:
     job = plistlib.loads(files(Launchd())["local.mlxd.recover.plist"])
     assert (job["Label"], job["RunAtLoad"], job["StartInterval"]) == (Launchd.recover, True, 300)
     assert job["ProgramArguments"] == [sys.executable, "-m", "mlxd", "recover"] and "KeepAlive" not in job
+    assert job["AbandonProcessGroup"] is True
 
 
 def test_a_daemon_of_the_machine_runs_as_whoever_installed_it() -> None:
@@ -105,6 +106,7 @@ def test_systemd_gets_a_foreground_command_that_speaks_to_it() -> None:
     assert {key: keys[key] for key in expected} == {key: [value] for key, value in expected.items()}
     assert '"MLX_API_PORT=11500"' in keys["Environment"]
     assert unit("mlxd-recover.service")["ExecStart"] == [f'"{sys.executable}" -m mlxd recover']
+    assert unit("mlxd-recover.service")["KillMode"] == ["process"]
     assert unit("mlxd-recover.timer")["OnUnitInactiveSec"] == ["5min"]
 
 
@@ -126,7 +128,7 @@ def test_what_a_unit_exports_is_read_back_as_it_was(home: Path) -> None:
     for manager in (Launchd(directory=home), Systemd(directory=home)):
         manager.file(manager.mlxd).write_bytes(files(manager, environ)[manager.file(manager.mlxd).name])
         assert autostart.environment_of(manager.file(manager.mlxd)) == autostart.chosen(environ)
-    with pytest.raises(ConfigError, match="cannot hold 'MLX_MODELS_DIR=a"):
+    with pytest.raises(ConfigError, match="cannot hold 'MLX_MODELS_DIR="):
         files(Systemd(), ENVIRON | {"MLX_MODELS_DIR": "a\nExecStart=/bin/evil"})
 
 
@@ -169,8 +171,13 @@ def managed(daemon: Callable[..., Daemon], stubs: Stubs, home: Path, monkeypatch
     return lambda **settings: daemon(**own, **settings)
 
 
+def minded(stubs: Stubs) -> bool:
+    """Whether its manager looks every five minutes whether it is up."""
+    return managers.manager().recover in json.loads((stubs.directory / "jobs.json").read_text())
+
+
 def asked(stubs: Stubs) -> list[list[str]]:
-    return stubs.calls("launchctl") + stubs.calls("systemctl")
+    return stubs.calls("launchctl" if sys.platform == "darwin" else "systemctl")
 
 
 def test_mlxd_is_installed_changed_stopped_started_and_uninstalled_through_its_manager(
@@ -184,12 +191,8 @@ def test_mlxd_is_installed_changed_stopped_started_and_uninstalled_through_its_m
     assert (told["installed"], told["enabled"], told["recover"], told["pid"]) == (True, True, True, first)
     asked(stubs)
     assert d.mlxd("autostart", "install").stdout.startswith("installed already, and nothing has changed\n")
-    assert {words[-1 if words[0] == "--user" else 0] for words in asked(stubs)} & {
-        "bootstrap",
-        "bootout",
-        "enable",
-        "restart",
-    } == set()
+    verbs = {words[1] if words[0] == "--user" else words[0] for words in asked(stubs)}
+    assert verbs and verbs <= {"show", "print"}
     assert d.ready()["supervisor"]["pid"] == first
     d.environ["MLX_MAX_CONCURRENT"] = "7"
     assert d.mlxd("autostart", "install", "--json").returncode == 0
@@ -197,8 +200,12 @@ def test_mlxd_is_installed_changed_stopped_started_and_uninstalled_through_its_m
     assert second != first
     ran = d.mlxd("stop")
     assert (ran.returncode, ran.stdout) == (0, f"stopped  pid {second}\n") and d.ours() == []
+    assert minded(stubs) is False
     assert d.mlxd("stop").stdout == "mlxd is not running\n"
-    assert d.mlxd("start").returncode == 0
+    assert d.mlxd("start").returncode == 0 and minded(stubs)
+    managers.manager().stop(managers.manager().recover)
+    assert json.loads(d.mlxd("autostart", "status", "--json").stdout)["recover"] is False
+    assert d.mlxd("autostart", "install").stdout.startswith("installed\n") and minded(stubs)
     told = json.loads(d.mlxd("autostart", "status", "--json").stdout)
     assert told["pid"] == d.ready()["supervisor"]["pid"] and told["environment"]["MLX_MAX_CONCURRENT"] == "7"
     assert d.mlxd("autostart", "uninstall").stdout == "uninstalled, and stopped\n"
@@ -228,6 +235,19 @@ def test_a_mlxd_that_ends_at_once_is_told_with_its_status(managed: Callable[...,
         stubs.script(bootstrap=[[0, ""]], print=[[0, ""], [113, ""], [0, "\tstate = not running\n\tlast exit code = 78\n"]])
     ran = d.mlxd("start")
     assert ran.returncode == 78 and "which ended with status 78: look at `" in ran.stderr
+
+
+def test_where_the_five_minutes_look_cannot_be_ended_stop_says_what_will_happen(
+    managed: Callable[..., Daemon], stubs: Stubs
+) -> None:
+    d = managed()
+    assert d.mlxd("autostart", "install").returncode == 0
+    recover = managers.manager().recover
+    no = [[1, "Access denied"]]
+    stubs.script(**{f"stop {' '.join(Systemd.jobs[Systemd.recover])}": no, f"bootout gui/{os.getuid()}/{Launchd.recover}": no})
+    ran = d.mlxd("stop")
+    assert ran.returncode == 0 and ran.stdout.startswith("stopped  pid ")
+    assert ran.stderr.startswith(f"{recover} will start mlxd again within 5 min: ") and "Access denied" in ran.stderr
 
 
 def test_port_and_model_cannot_be_given_to_a_mlxd_that_its_manager_starts(managed: Callable[..., Daemon]) -> None:
@@ -327,6 +347,9 @@ def test_a_purge_leaves_the_models_and_nothing_else(managed: Callable[..., Daemo
     d.paths.config.write_text("[server]\nmax_queue = 9\n")
     d.start()
     d.ready()
+    d.mlxd("recover")
+    assert d.paths.recovery_lock.exists()
+    d.paths.state.with_name("state.json.bad").write_text("{")
     ran = d.mlxd("uninstall", "--purge", "--yes")
     assert ran.returncode == 0, ran.stderr
     left = {str(file.relative_to(home)) for file in home.rglob("*") if file.is_file() and "stubs" not in file.parts}

@@ -137,7 +137,8 @@ def test_an_event_that_cannot_be_written_is_counted_and_leaves_a_gap(daemon: Mak
     d.paths.config.unlink()
     assert d.mlxd("restart", "--supervisor").returncode == 0
     d.paths.events.rmdir()
-    spoil_configuration(d)
+    d.paths.config.write_text("[nonsense]\n")
+    until_told(d, "reload_refused")
     assert told(d)[0]["seq"] > last + 3
 
 

@@ -85,7 +85,7 @@ def show(told: dict[str, Any]) -> None:
     )
     pid = f"  pid {told['pid']}" if told["pid"] else ""
     click.echo(f"mlxd     {told['state'] or 'not loaded'}{pid}  {told['manager']} {kind}  {told['file']}")
-    click.echo(f"recover  {'every 5 min' if told['recover'] else 'not loaded'}")
+    click.echo(f"recover  {'every 5 min' if told['recover'] else 'at rest'}")
     click.echo(f"begins   {told['begins']}")
     for name, value in told["environment"].items():
         click.echo(f"exports  {name}={value}")

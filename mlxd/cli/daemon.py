@@ -85,6 +85,8 @@ def stop() -> None:
 
     where = paths.locate()
     owner = autostart.owner()
+    if owner is not None and not owner.needs_root:  # else what looks after it may not begin it either
+        leave_down(owner)
     try:
         pid = end(where)
     except MlxdError:
@@ -185,6 +187,14 @@ def end(where: paths.Paths) -> int | None:
     return pid
 
 
+def leave_down(owner: Manager) -> None:
+    """Its manager also looks every five minutes whether it is up, and would begin it again."""
+    try:
+        owner.stop(owner.recover)
+    except MlxdError as error:
+        click.echo(f"{owner.recover} will start mlxd again within 5 min: {error}", err=True)
+
+
 def rests(owner: Manager) -> bool:
     """Whether its manager has seen it end, and does not begin it again. Raises MlxdError."""
     deadline = time.monotonic() + 5.0
@@ -252,11 +262,15 @@ def start_through(owner: Manager, where: paths.Paths) -> None:
     deadline = time.monotonic() + BEGIN_S
     while not is_running(where):
         found = owner.look(owner.mlxd)
-        if time.monotonic() > deadline or (found.pid is None and found.last_exit):
+        if time.monotonic() > deadline or (found.pid is None and found.last_exit and found.state not in DUE):
             failed = MlxdError(f"{owner.name} has started mlxd, which ended with status {found.last_exit}: look at `{owner.log}`")
             failed.exit_status = found.last_exit if found.last_exit == 78 else 1
             raise failed
         time.sleep(0.1)
+    try:
+        owner.start(owner.recover)  # which `mlxd stop` has ended
+    except MlxdError as error:
+        click.echo(f"mlxd is not looked after every 5 min: {error}", err=True)
 
 
 def await_ready(where: paths.Paths, settled: bool = False) -> dict[str, Any]:

@@ -90,9 +90,11 @@ def events(follow: bool, lines: int, json_: bool) -> None:
 
 
 def neighbour(url: str) -> dict[str, Any]:
-    """How Ollama does, as far as it says so at once."""
-    from mlxd import ollama
+    """How Ollama does, as far as it says so at once. One on another machine is not asked: a name may take long to be resolved."""
+    from mlxd import ollama, probe
 
+    if not probe.is_local(url):
+        return {"url": url, "state": "not asked", "version": None, "models": [], "memory_bytes": None}
     found = ollama.look(url, OLLAMA_S)
     state = "slow" if found.state in ("hung", "wedged") else found.state
     return {"url": url, "state": state, "version": found.version, "models": found.models, "memory_bytes": found.memory_bytes}

@@ -65,7 +65,8 @@ def monitor(ctx: click.Context, interval: float, json_: bool) -> None:
 
     from mlxd.recovery import Recovery, all_up
 
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell that runs a script has INT ignored by what it starts in the background
+        signal.signal(number, signal.default_int_handler)
     where = paths.locate()
     shown: dict[str, tuple[str, bool]] = {}
     reports: list[Report] = []
@@ -92,7 +93,7 @@ def monitor(ctx: click.Context, interval: float, json_: bool) -> None:
             sys.stdout.flush()
             time.sleep(interval)
     except KeyboardInterrupt:
-        ctx.exit(0 if all_up(reports) else 1)
+        ctx.exit(0 if reports and all_up(reports) else 1)
 
 
 @click.command()

@@ -27,5 +27,8 @@ def uninstall(purge: bool, yes: bool) -> None:
         autostart.remove(owner)
     daemon.end(where)
     if purge:
-        paths.purge(where)
+        try:
+            paths.purge(where)
+        except OSError as error:
+            raise MlxdError(f"stopped, and not all of it removed: {error.filename}: {error.strerror}") from error
     click.echo("uninstalled; `pip uninstall mlxd` removes the program, models stay where they are")
