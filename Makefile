@@ -23,6 +23,9 @@ ifneq ($(INSTALLED),$(WANTED))
 .PHONY: $(STAMP)
 endif
 
+# Tests start thousands of processes, which need not compile anew what the first has.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help start stop status test test-full nemesis lint lock bench recovery soak clean
 
 help:

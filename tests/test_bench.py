@@ -26,6 +26,7 @@ def python(*words: str | Path, timeout_s: float = 200) -> str:
     return done.stdout
 
 
+@pytest.mark.full
 def test_the_bench_model_is_the_same_each_time_and_speaks_as_long_as_asked(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert "0.25 M parameters" in python(ROOT / "tools" / "make_bench_model.py", tmp_path / name, "--size", "small")

@@ -24,7 +24,7 @@ BUILTIN = Path(mlxd.__file__).parent / "builtin"
 OPENBLAS = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
 COUNT = "Count from 1 to 100."
 TOKENIZER = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(params=["stock", "openblas"])
@@ -91,9 +91,9 @@ def test_streams_go_on_without_a_gap_or_a_repetition(blas: tuple[str, Daemon]) -
     kind, d = blas
     port = d.status()["port"]
     surest = [Question(text, dialect) for text, dialect in zip(LONG, ["ollama", "openai"], strict=False)]
-    for dialect, stream in [("ollama", True), ("openai", True), ("openai", False)]:
+    for dialect, stream in [("ollama", True), ("openai", False)]:
         surest.append(Question(COUNT, dialect, stream, temperature=0.8, seed=7))  # it never miscounts
-    drawn = [Question(RANDOM[1], "generate", temperature=0.8, seed=seed, tokens=300) for seed in range(3)]
+    drawn = [Question(RANDOM[1], "generate", temperature=0.8, seed=seed, tokens=200) for seed in range(2)]
     undisturbed = [ask(port, question) for question in drawn if kind == "stock"]
 
     answers, hits = ask_under_kills(d, surest + drawn)

@@ -348,7 +348,9 @@ def told(answer: httpx.Response) -> list[Any]:
     return [text, thinking, calls, lines[-1]["done_reason"], lines[-1]["eval_count"], lines[-1]["prompt_eval_count"]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["call", pytest.param("thinking", marks=pytest.mark.full), pytest.param("format", marks=pytest.mark.full)]
+)
 def test_an_engine_killed_in_a_thought_a_call_or_a_format_changes_nothing(stage: Stage, case: str) -> None:
     phase, asked = CASES[case]
 

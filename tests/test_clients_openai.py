@@ -353,6 +353,7 @@ def test_an_engine_killed_inside_thinking_changes_no_word(stage: Stage, client: 
     assert THINKING[question][1] in only
 
 
+@pytest.mark.full
 def test_an_engine_killed_inside_a_call_changes_nothing_of_it(stage: Stage, client: OpenAI) -> None:
     (only,) = killed(stage, client, TOOL["question"], {"tools": TOOL["tools"]})
     assert "get_weather" in only

@@ -282,7 +282,7 @@ def test_rel_20_of_a_burst_the_queue_takes_its_bound_and_the_rest_is_told_when_t
 
             def look() -> None:
                 while not ending.is_set():
-                    lives.append(httpx.get(server.url + "/health/live", trust_env=False, timeout=60).status_code)
+                    lives.append(httpx.get(server.url + "/health/live", trust_env=False, verify=False, timeout=60).status_code)
 
             looking = Background(look)
             refused = 0

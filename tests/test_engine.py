@@ -409,16 +409,18 @@ def resumed(fields: dict[str, Any], whole: Result) -> dict[str, Any]:
     return rest | {"prompt_ids": whole.prompt_ids, "continued": whole.continued}
 
 
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_request_resumed_at_any_position_ends_as_if_nothing_had_happened(wire: Wire, name: str) -> None:
+def test_a_request_resumed_at_any_position_ends_as_if_nothing_had_happened(wire: Wire, name: str, every: int) -> None:
     fields = RESUMED[name]
     whole = wire.ask(**fields)
     assert whole.done is not None
     assert len(whole.ids) > 5
-    befores = [before_token(whole, cut) for cut in range(len(whole.ids))]
+    befores = [before_token(whole, cut) for cut in range(0, len(whole.ids), every)]
     jobs = [wire.submit(**resumed(fields, whole), emitted=before.ids) for before in befores]
     wire.finish(jobs)
-    for cut, (before, job) in enumerate(zip(befores, jobs, strict=True)):
+    for before, job in zip(befores, jobs, strict=True):
+        cut = len(before.ids)
         rest = wire.results[job]
         assert before.ids + rest.ids == whole.ids, cut
         assert before.text + rest.text == whole.text, cut
@@ -902,7 +904,7 @@ WRONG = {"nan": float("nan"), "infinite": float("inf"), "all equal": 0.0}
 
 
 #: What, beside how many others, at which temperature. The rest of them say little that these do not.
-FEW = [("nan", 0, 0.0), ("nan", 3, 0.9), ("infinite", 3, 0.0), ("all equal", 0, 0.9)]
+FEW = [("nan", 3, 0.9), ("all equal", 0, 0.0)]
 MORE = [case for case in itertools.product(WRONG, [0, 3], [0.0, 0.9]) if case not in FEW]
 
 

@@ -256,7 +256,7 @@ def test_a_model_whose_engine_keeps_dying_is_refused_at_once_and_tried_again_aft
 
     def post(text: str) -> httpx.Response:
         call = {"model": "dies-loading", "messages": [{"role": "user", "content": text}], "stream": False}
-        return httpx.post(f"http://127.0.0.1:{port}/api/chat", json=call, timeout=60, trust_env=False)
+        return httpx.post(f"http://127.0.0.1:{port}/api/chat", json=call, timeout=60, trust_env=False, verify=False)
 
     waiting = [Background(lambda: post("n=1")) for _ in range(3)]
     for call in waiting:
