@@ -10,18 +10,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import ollama
 import pytest
 from known_answers import KNOWN, RANDOM, THINKING, TOOL
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
-from langchain_ollama import ChatOllama
 from server_client import PATIENCE_S, Background, said, supervised, until
 from test_resume import PHASES, Stage, tokens
 
 from mlxd.messages import Call, Done, Event, Submit, Token
+
+# LangChain is imported where it is used: each worker would take 4 s for it.
+if TYPE_CHECKING:
+    from langchain_ollama import ChatOllama
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the internet for prices when it is imported
 
@@ -232,6 +234,8 @@ def test_a_model_is_copied_created_shown_listed_and_deleted(stage: Stage, client
 @pytest.fixture
 def langchain(stage: Stage) -> ChatOllama:
     """It sends a wide bag of options, and asks for the list of models when it is made."""
+    from langchain_ollama import ChatOllama
+
     return ChatOllama(
         model=MODEL,
         base_url=stage.server.url,
@@ -254,12 +258,16 @@ def test_langchain_has_the_known_answer_and_counts(langchain: ChatOllama) -> Non
 
 
 def test_langchain_keeps_thinking_apart(stage: Stage) -> None:
+    from langchain_ollama import ChatOllama
+
     model = ChatOllama(model=MODEL, base_url=stage.server.url, temperature=0, reasoning=True, client_kwargs={"trust_env": False})
     answer = model.invoke(QUESTION)
     assert (str(answer.additional_kwargs["reasoning_content"]).strip(), answer.content) == THINKING[QUESTION]
 
 
 def test_langchain_goes_through_the_loop_of_a_tool(langchain: ChatOllama) -> None:
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
     bound = langchain.bind_tools([get_weather])
     history: list[Any] = [HumanMessage(TOOL["question"])]
     answer = bound.invoke(history)

@@ -358,6 +358,7 @@ def test_without_a_server_the_answer_is_a_503_before_and_after(daemon: Make) -> 
     assert told["state"] == "cooldown" and told["server"]["state"] == "cooldown"
 
 
+@pytest.mark.full  # as one of several, below
 def test_a_draining_server_ends_its_stream(real: Make) -> None:
     d = real()
     d.start()

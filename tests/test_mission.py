@@ -18,7 +18,7 @@ import pytest
 from conftest import NO_SPARE, Daemon, eventually, http
 from neighbours import Neighbour, free_port, neighbour
 
-from mlxd import endpoint
+from mlxd import endpoint, ports
 
 __all__ = ["neighbour"]
 #: They share two daemons.
@@ -186,6 +186,35 @@ def test_recover_repairs_what_is_down_and_ends_with_a_report(mlx: Daemon) -> Non
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.startswith("mlx  restarted through mlxd because it was down") and "\nservice  address" in ran.stdout
     assert curl(mlx, "/health")[0] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its owner is systemd here; test_recovery has launchd's part")
+def test_recover_restarts_an_ollama_that_hangs_through_its_owner(mlx: Daemon, ollama: Daemon, tmp_path: Path) -> None:
+    """As after sleep and wake: it accepts connections and answers nobody."""
+    pids = [process.pid for process in ollama.ours()]
+    listening = ports.listener(int(ollama.environ["MLX_API_PORT"]))
+    assert listening is not None and listening.pid in pids
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"""#!/bin/sh
+case "$*" in
+"--user show ollama.service"*) printf 'LoadState=loaded\\nActiveState=active\\nMainPID={listening.pid}\\n' ;;
+"--user restart ollama.service") kill -CONT {" ".join(map(str, pids))} ;;
+*) echo LoadState=not-found ;;
+esac
+""")
+    systemctl.chmod(0o755)
+    more = {"PATH": f"{tmp_path}:{mlx.environ['PATH']}", "MLXD_OLLAMA_RECOVER": "1", "MLX_HEALTH_MAX_TIME": "1"}
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        command = [sys.executable, "-m", "mlxd", "recover"]
+        ran = subprocess.run(command, env=mlx.environ | more, capture_output=True, text=True, timeout=100, check=False)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "ollama  restarted through systemd --user because it was hung" in ran.stdout
+    assert curl(ollama, "/api/tags")[0] == 200
 
 
 def test_a_programs_client_goes_on_with_ollama_when_mlx_is_stopped_and_comes_back(mlx: Daemon, ollama: Daemon) -> None:

@@ -143,6 +143,42 @@ def test_an_ollama_that_is_not_there_is_down() -> None:
     assert ollama.look(f"http://127.0.0.1:{free_port()}", 1).state == "down"
 
 
+@contextlib.contextmanager
+def answering(data: bytes) -> Iterator[str]:
+    """A server that says this to whoever connects; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    connection.recv(4096)
+                    connection.sendall(data)
+                    connection.close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 " + b"2" * 5000 + b" OK", b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000])
+def test_a_number_without_end_is_no_reason_to_fail(head: bytes) -> None:
+    with answering(head + b"\r\n\r\n{}") as url:
+        assert ollama.look(url, 5).state == "stranger"
+
+
+def test_models_that_are_no_list_are_none() -> None:
+    with answering(b'HTTP/1.1 200 OK\r\n\r\n{"version": "0.12.0", "models": 5}') as url:
+        look = ollama.look(url, 5)
+    assert (look.state, look.models) == ("up", [])
+
+
+def test_a_name_that_no_resolver_takes_is_down() -> None:
+    assert ollama.look("http://a..b:11434", 1).state == "down"
+
+
 def test_what_speaks_no_http_is_a_stranger() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -713,6 +749,29 @@ def test_monitor_restarts_what_dies_says_why_and_stops_at_its_limit(mlxd: Callab
     assert watching.wait(timeout=60) == 1
     reader.join(timeout=10)
     assert not d.status()
+
+
+def test_monitor_in_the_background_of_a_script_ends_by_term(mlxd: Callable[..., Daemon]) -> None:
+    d = mlxd(MLX_API_URL="disabled")
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-m", "mlxd", "monitor", "--json"]
+    watching = subprocess.Popen(command, env=d.environ, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None and json.loads(watching.stdout.readline())["name"] == "mlx"
+    watching.terminate()
+    assert watching.wait(timeout=60) == 0
+    watching.stdout.close()
+
+
+def test_what_lies_in_the_place_of_the_lock_is_named(mlxd: Callable[..., Daemon]) -> None:
+    d = mlxd()
+    d.paths.recovery_lock.mkdir(parents=True)
+    ran = d.mlxd("recover")
+    assert ran.returncode == 1 and ran.stderr.startswith(f"Error: cannot open {d.paths.recovery_lock}: "), ran.stderr
+
+
+def test_what_lies_in_the_place_of_its_log_stops_no_repair(mlxd: Callable[..., Daemon]) -> None:
+    d = mlxd()
+    d.paths.log("recovery").mkdir(parents=True)
+    assert Told(d, "recover").code == 0 and d.ready()
 
 
 def test_monitor_survives_a_configuration_that_breaks_while_it_runs(mlxd: Callable[..., Daemon]) -> None:

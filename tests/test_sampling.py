@@ -346,7 +346,7 @@ def test_the_model_thread_reports_an_exception_and_is_over(tmp_path: Path, capfd
     batch.admit(Row("bad", [], Draw(Sampling(seed=0), 0), 2))  # mlx-lm raises on an empty prompt
     while not isinstance(item := news.get(timeout=30), Ended):
         pass
-    assert (item.cause, item.text) == ("error", "ValueError: Sequence 2 has an empty prompt.")
+    assert (item.cause, item.text) == ("error", "ValueError")
     assert "Traceback" in capfd.readouterr().err
 
 
