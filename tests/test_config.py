@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_bad_file_is_named_with_the_place(tmp_path: Path, text: str, sentence:
     file.write_text(text)
     with pytest.raises(ConfigError, match=sentence):
         config.load(file, [], {})
+
+
+def test_a_pipe_in_a_files_place_is_named_and_holds_nobody_up(tmp_path: Path) -> None:
+    for name in ("config.toml", ".env"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ConfigError, match="cannot read .*it is not a regular file"):
+            config.load(tmp_path / "config.toml", [tmp_path / ".env"], {})
+        (tmp_path / name).unlink()
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -773,7 +773,9 @@ REFUSED_LATER: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_LATER)
+@pytest.mark.parametrize(
+    "name", ["before", "misfit", *(pytest.param(name, marks=pytest.mark.full) for name in ("wrong shapes", "broken tokenizer"))]
+)
 def test_an_engine_says_the_sentence_and_ends(tmp_path: Path, name: str) -> None:
     changes, sentence = REFUSED_LATER[name]
     text = refusal(tmp_path, spoilt(tmp_path, **changes))

@@ -143,7 +143,7 @@ def test_status_json_has_the_keys_that_programs_rely_on(running: Daemon) -> None
 def test_the_built_in_model_answers_its_questions_in_both_dialects(running: Daemon) -> None:
     d = running
     port = d.ready()["port"]
-    for question, answer in list(KNOWN.items())[:8]:
+    for question, answer in list(KNOWN.items())[:3]:
         whole = chat(port, question)
         assert whole["message"]["content"] == answer
         assert whole["total_duration"] >= whole["load_duration"] + whole["prompt_eval_duration"] + whole["eval_duration"] > 0
@@ -170,7 +170,7 @@ def test_many_questions_at_once_get_each_its_own_answer(running: Daemon) -> None
 def test_a_seeded_answer_is_the_same_alone_and_among_others(running: Daemon) -> None:
     d = running
     port = d.ready()["port"]
-    warm = [{"options": {"temperature": 1.5, "seed": n, "num_predict": 40}} for n in range(12)]
+    warm = [{"options": {"temperature": 1.5, "seed": n, "num_predict": 40}} for n in range(6)]
     alone = [chat(port, "Say something random.", **w)["message"]["content"] for w in warm]
     with ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda w: chat(port, "Say something random.", **w)["message"]["content"], warm))

@@ -157,7 +157,7 @@ def test_without_memory_for_a_spare_there_is_none(daemon: Make) -> None:
 
 def test_f48_after_a_kill_nothing_is_loaded_before_the_memory_is_back(daemon: Make) -> None:
     """While the supervisor is stopped, this process takes what the killed engine gives back: to the supervisor it never came back."""
-    swell = 5 * GB // 2
+    swell = 9 * GB // 4
     if psutil.virtual_memory().available < 4 * swell:
         pytest.skip("needs 10 GB of free memory")
     d = daemon(server="--want a:latest", engine=f"--finished 1 --swell {swell // 2**20}", **SPARE)
