@@ -119,7 +119,9 @@ class Connection(H11Protocol):
         self.others.open.discard(self)
         self.others.idle.pop(self, None)
         super().connection_lost(exc)
-        if self.timeout_keep_alive_task is not None:  # of a broken connection uvicorn leaves it to run, and all hangs on it for 2 min
+        if (
+            self.timeout_keep_alive_task is not None
+        ):  # of a broken connection uvicorn leaves it to run, and all hangs on it for 2 min
             self.timeout_keep_alive_task.cancel()
 
     def enter(self, phase: Phase) -> None:
