@@ -93,15 +93,12 @@ def report(manager: Manager) -> dict[str, Any]:
         "file": str(file),
     }
     if environment is not None:
-        job, recover = (
-            manager.look(manager.mlxd),
-            manager.look(manager.recover),
-        )  # a timer is active or inactive, launchd's job neither
+        job, recover = manager.look(manager.mlxd), manager.look(manager.recover)
         told |= {
             "enabled": job.enabled,
             "state": job.state,
             "pid": job.pid,
-            "recover": recover.enabled and recover.state not in ("inactive", "failed"),
+            "recover": recover.enabled and recover.state not in ("inactive", "failed"),  # words for a timer that rests
             "begins": manager.begins(),
             "environment": environment,
         }

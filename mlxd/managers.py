@@ -99,6 +99,10 @@ class Launchd(Scope):
         text = checked(told).stdout
         return Found(True, True, word(text, "state") or "", number(word(text, "pid")), number(word(text, "last exit code")))
 
+    def by_hand(self, job: str) -> str:
+        """The command by which root starts it."""
+        return f"sudo launchctl kickstart {self.domain}/{job}"
+
     def start(self, job: str) -> None:
         """Does nothing to a job that runs. Raises MlxdError."""
         if self.look(job).loaded:
@@ -184,6 +188,10 @@ class Systemd(Scope):
         pid = number(shown.get("MainPID"))
         enabled = shown.get("UnitFileState", "").startswith("enabled")
         return Found(True, enabled, shown.get("ActiveState", ""), pid or None, number(shown.get("ExecMainStatus")))
+
+    def by_hand(self, job: str) -> str:
+        """The command by which root starts it."""
+        return f"sudo systemctl start {job}"
 
     def start(self, job: str) -> None:
         """Does nothing to a unit that runs; returns when it says that it is up. Raises MlxdError."""

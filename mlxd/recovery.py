@@ -177,8 +177,8 @@ class Mlx:
 
     def owner(self, look: Look, memory: Memory) -> Owner:
         manager = autostart.owner()
-        if manager is not None and manager.needs_root:  # it begins mlxd by itself, and a job of ours may not ask it to
-            return Owner(manager.name, f"sudo {sys.executable} -m mlxd start")
+        if manager is not None and manager.needs_root:  # it begins again what has died, and we may not ask it to
+            return Owner(manager.name, manager.by_hand(manager.mlxd), self.wake_or_end if look.state == "silent" else None)
         return Owner("mlxd", "mlxd start", lambda: self.restart(look))
 
     def restart(self, look: Look) -> None:

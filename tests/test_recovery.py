@@ -26,11 +26,13 @@ from conftest import Daemon, eventually
 from neighbours import FAKE as FAKE_OLLAMA
 from neighbours import Neighbour, accepts, free_port, neighbour
 
-from mlxd import leftovers, ollama, owners
+from mlxd import autostart, leftovers, ollama, owners
+from mlxd.config import Config
 from mlxd.leftovers import Process
+from mlxd.managers import Systemd
 from mlxd.owners import Owner
 from mlxd.probe import Look
-from mlxd.recovery import Action, decide
+from mlxd.recovery import Action, Memory, Mlx, decide
 
 __all__ = ["neighbour"]
 
@@ -366,6 +368,18 @@ def test_who_holds_the_lock_and_is_not_proven_ours_is_never_signalled(mlxd: Call
         told = Told(d, "recover")
         assert told.code == 1 and told["mlx"]["state"] == "stranger" and "find out who holds" in told["mlx"]["advice"]
         assert hung.poll() is None
+
+
+def test_a_mlxd_of_the_machine_is_only_reported_to_who_may_not_start_it(
+    monkeypatch: pytest.MonkeyPatch, mlxd: Callable[..., Daemon]
+) -> None:
+    """By a stand-in for what only root can install, and for not being root."""
+    monkeypatch.setattr(autostart, "owner", lambda: Systemd(system=True))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    service = Mlx(mlxd().paths, Config(), wanted=True)
+    down = service.owner(Look("down"), Memory())
+    assert (down.name, down.remedy, down.restart) == ("systemd", "sudo systemctl start mlxd.service", None)
+    assert service.owner(Look("silent"), Memory()).restart == service.wake_or_end  # systemd begins it again
 
 
 def test_a_start_that_fails_is_told_with_its_words(mlxd: Callable[..., Daemon]) -> None:
