@@ -6,7 +6,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # No dependency is built from source: a build would fetch its own tools without a hash.
 LOCKED = $(PIP) install -q --require-hashes --no-deps --only-binary :all:
 # Tests of processes mostly wait: more of them at once than there are cores.
-JOBS = 6
+JOBS = 4
 PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
 # What is in .venv, and for which checkout: "run /home/me/mlxd". A moved checkout, or a venv whose Python is gone, is made anew.

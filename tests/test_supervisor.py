@@ -388,8 +388,8 @@ def test_a_pid_file_that_names_a_foreign_process_leaves_it_alone(daemon: Make, h
 
 def test_f26_a_pid_file_that_is_damaged_while_running_is_put_back(daemon: Make, home: Path) -> None:
     d = daemon()
-    told = d.start()
-    right = f"{told['supervisor']['pid']}\n"
+    d.start()
+    right = f"{d.ready()['supervisor']['pid']}\n"
     victim = home / "victim"
     victim.write_text("untouched")
 
