@@ -282,6 +282,15 @@ def test_one_that_is_tried_again_within_a_minute_is_not_waited_for_so_long(home:
         assert call.result().headers["x-mlxd-served-by"] == "ollama"
 
 
+def test_an_alias_has_an_equivalent_of_its_own(home: Path) -> None:
+    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"brief": "says:latest"}) as server:
+        assert post(server, "/api/copy", {"source": "held", "destination": "brief"}).status_code == 200
+        call = Background(lambda: post(server, "/api/chat", body_for("brief", stream=False)))
+        server.expect("want", lambda word: isinstance(word, Want))
+        server.say(EngineDown(1, "held:latest", "it died 3 times", "retried", 60.0))
+        assert call.result().headers["x-mlxd-served-by"] == "ollama"
+
+
 def test_a_stream_that_has_begun_waits_for_its_own_model(home: Path) -> None:
     with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"held": "says:latest"}) as server:
         server.next, server.retry_s = "retried", 30.0

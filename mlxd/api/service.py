@@ -159,11 +159,12 @@ class Service:
         with self.pool.using(model, keep_alive_s) as engine:
             if keep_alive_s != 0:
                 self.check_supervised()
-                await exchange.while_connected(self.ready(exchange, engine))
+                await exchange.while_connected(self.ready(exchange, engine, model))
         return max(1, exchange.age_ns())
 
-    async def ready(self, exchange: Exchange, engine: Engine) -> None:
-        await self.pool.ready(engine, self.config.server.queue_wait_s, lambda: self.hurry(exchange, engine.model))
+    async def ready(self, exchange: Exchange, engine: Engine, model: Model) -> None:
+        """`model`: as it was asked for, perhaps by an alias that has an equivalent of its own."""
+        await self.pool.ready(engine, self.config.server.queue_wait_s, lambda: self.hurry(exchange, model))
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ class Service:
                     tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
                     engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
-                    await self.ready(exchange, engine)
+                    await self.ready(exchange, engine, request.model)
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
 
                     async def go(choice: int) -> None:
