@@ -18,12 +18,12 @@ MAX_ANSWER_BYTES = 4 * 1024 * 1024
 DEADLINE_S = 5.0
 
 
-class Refused(MlxdError):
+class Declined(MlxdError):
     """The daemon's own no."""
 
 
 def ask(path: Path, verb: str, timeout_s: float = DEADLINE_S, **arguments: Any) -> dict[str, Any]:
-    """The daemon's answer. Raises NotRunning when nobody listens, Refused when it says no, MlxdError when it does not answer in time."""
+    """The daemon's answer. Raises NotRunning when nobody listens, Declined when it says no, MlxdError when it does not answer in time."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
         try:
@@ -46,7 +46,7 @@ def ask(path: Path, verb: str, timeout_s: float = DEADLINE_S, **arguments: Any) 
         raise NotRunning("mlxd ended while it was asked")
     told: dict[str, Any] = json.loads(answer)
     if "error" in told:
-        refusal = Refused(told["error"])
+        refusal = Declined(told["error"])
         refusal.exit_status = told.get("exit_status", 1)
         raise refusal
     return told

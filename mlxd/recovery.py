@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from mlxd import autostart, child, config, control, endpoint, leftovers, lock, logs, ollama, owners, paths, ports, probe
 from mlxd.config import Config
-from mlxd.control import Refused
+from mlxd.control import Declined
 from mlxd.errors import MlxdError, NotRunning
 from mlxd.leftovers import Process
 from mlxd.owners import Owner
@@ -142,8 +142,10 @@ class Mlx:
     def look(self, patience_s: float) -> Look:
         try:
             told = ask(self.where, patience_s)
-        except Refused as refused:
-            return Look("failing", f"its supervisor answers: {refused}", supervised=True, advice="look at `mlxd logs --supervisor`")
+        except Declined as declined:
+            return Look(
+                "failing", f"its supervisor answers: {declined}", supervised=True, advice="look at `mlxd logs --supervisor`"
+            )
         except MlxdError as silent:
             proven = leftovers.supervisor_of(self.where) is not None
             advice = "" if proven else f"find out who holds {self.where.lock} (`lsof`), and end it; then `mlxd start`"
@@ -273,7 +275,7 @@ OTHER_HOME = "set MLXD_HOME to that of the mlxd that runs, or choose another MLX
 
 def ask(where: paths.Paths, patience_s: float) -> dict[str, Any] | None:
     """The supervisor's status; None when there is none. Raises MlxdError when one holds the lock and answers nobody for `patience_s`,
-    Refused when it answers that it cannot tell."""
+    Declined when it answers that it cannot tell."""
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -281,7 +283,7 @@ def ask(where: paths.Paths, patience_s: float) -> dict[str, Any] | None:
         except NotRunning:
             if not lock.is_locked(where.lock):
                 return None  # else it starts, or its socket was removed
-        except Refused:
+        except Declined:
             raise
         except MlxdError:
             pass
@@ -386,11 +388,14 @@ class Recovery:
         try:
             keep(self.where, memory)
             log.info("%s is %s (%s): restarting it through %s", report.name, report.state, report.reason, owner.name)
-            memory.ollama = owner.restart() or memory.ollama
-            keep(self.where, memory)  # at once: whoever dies now leaves an `ollama serve` that is still known
+            begun = owner.restart()
         except (MlxdError, OSError) as error:  # OSError: no room for a process, or for a file
             log.warning("%s could not be restarted through %s: %s", report.name, owner.name, error)
             return msgspec.structs.replace(report, did=f"could not be restarted through {owner.name}: {error}")
+        if begun is not None:
+            memory.ollama = begun
+            with contextlib.suppress(MlxdError):  # at once: whoever dies now leaves an `ollama serve` that is still known
+                keep(self.where, memory)
         look = self.settled(service)
         took = f"after {time.monotonic() - start:.1f} s"
         done[-1].well = look.well
