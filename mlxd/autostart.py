@@ -98,7 +98,7 @@ def report(manager: Manager) -> dict[str, Any]:
             "enabled": job.enabled,
             "state": job.state,
             "pid": job.pid,
-            "recover": recover.enabled and recover.state not in ("inactive", "failed"),  # words for a timer that rests
+            "recover": recover.enabled and not recover.rests,
             "begins": manager.begins(),
             "environment": environment,
         }
@@ -140,7 +140,7 @@ def load(manager: Manager, changed: set[str]) -> bool:
     begun = False
     for job, files in manager.jobs.items():
         found = manager.look(job)
-        idle = found.pid is None if job == manager.mlxd else found.state in ("inactive", "failed")
+        idle = found.pid is None if job == manager.mlxd else found.rests
         if changed & set(files) or not found.enabled or idle:
             manager.install(job)
             begun = True

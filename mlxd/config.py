@@ -6,13 +6,11 @@ defaults < config.toml < .env < environment < flags. A value that cannot be used
 from __future__ import annotations
 
 import difflib
-import errno
 import functools
 import ipaddress
 import os
 import re
 import shlex
-import stat
 import tomllib
 from collections.abc import Mapping
 from io import StringIO
@@ -22,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from mlxd import paths
 from mlxd.endpoint import OLLAMA, base_url, checked_url
 from mlxd.errors import ConfigError
 
@@ -333,10 +332,8 @@ def parse_toml(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Of a regular file, a link to one included: a pipe in its place would hold up who opens it. Raises OSError, UnicodeDecodeError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
+    """Of a regular file, whosever it is, a link to one included. Raises OSError, UnicodeDecodeError."""
+    with os.fdopen(paths.open_regular(path, os.O_RDONLY), encoding="utf-8") as file:
         return file.read()
 
 

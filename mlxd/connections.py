@@ -119,9 +119,8 @@ class Connection(H11Protocol):
         self.others.open.discard(self)
         self.others.idle.pop(self, None)
         super().connection_lost(exc)
-        if (
-            self.timeout_keep_alive_task is not None
-        ):  # of a broken connection uvicorn leaves it to run, and all hangs on it for 2 min
+        # When the client broke the connection, uvicorn leaves this to run, and all hangs on it for two minutes.
+        if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
 
     def enter(self, phase: Phase) -> None:

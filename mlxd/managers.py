@@ -48,6 +48,11 @@ class Found:
     pid: int | None = None
     last_exit: int | None = None
 
+    @property
+    def rests(self) -> bool:
+        """Of a timer: it will not go off. launchd's job for the same is loaded or not."""
+        return self.state in ("inactive", "failed")
+
 
 class Scope:
     """`system`: the whole machine's, not the user's who asks."""

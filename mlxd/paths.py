@@ -241,13 +241,19 @@ def append(path: Path, line: bytes) -> None:
 
 def open_own(path: Path | str, flags: int) -> int:
     """A descriptor of a regular file of ours; no link is followed, nothing else is waited for. Raises OSError."""
-    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-    found = os.fstat(fd)
-    if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+    fd = open_regular(path, flags | os.O_NOFOLLOW)
+    if (owner := os.fstat(fd).st_uid) == os.getuid():
         return fd
     os.close(fd)
-    if stat.S_ISREG(found.st_mode):
-        raise PermissionError(errno.EPERM, f"it belongs to uid {found.st_uid}, not to you", path)
+    raise PermissionError(errno.EPERM, f"it belongs to uid {owner}, not to you", path)
+
+
+def open_regular(path: Path | str, flags: int) -> int:
+    """A descriptor of a regular file: a pipe in its place would hold up who opens it. Raises OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
     raise OSError(errno.EINVAL, "it is not a regular file", path)
 
 

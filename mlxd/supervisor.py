@@ -942,9 +942,10 @@ class Supervisor:
             self.begin()
         for one in self.children():
             self.await_memory(one, 0.0)
-            program = child.command(one.kind, self.config)[0]
-            if one.state is State.HELD and one.unfit_program and one.unfit_program != child.program_id(program):
-                self.handle(one, Event.MENDED)  # an upgrade was under way
+            if one.state is State.HELD and one.unfit_program:
+                program = child.command(one.kind, self.config)[0]
+                if child.program_id(program) != one.unfit_program:  # an upgrade was under way
+                    self.handle(one, Event.MENDED)
 
     def await_memory(self, one: Child, until: float) -> None:
         """Go on as soon as a killed process's memory is back."""

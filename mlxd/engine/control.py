@@ -97,8 +97,9 @@ class Engine:
     def broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception that nothing expects: some job would wait for ever. End, so that another engine takes over."""
         error = context.get("exception")
-        log.error("%s", context["message"] if error is None else words_of(error), exc_info=error)
-        self.task = loop.create_task(self.end("error", context["message"] if error is None else words_of(error), EX_SOFTWARE))
+        text = context["message"] if error is None else words_of(error)
+        log.error("%s", text, exc_info=error)
+        self.task = loop.create_task(self.end("error", text, EX_SOFTWARE))
 
     def overdue(self, text: str) -> None:
         """The request has got its answer; the text thread is lost."""
