@@ -291,9 +291,9 @@ class Pool:
         finally:
             engine.served -= 1
 
-    async def ready(self, engine: Engine, patience_s: float, hurry: Callable[[], Awaitable[float]]) -> Connection:
-        """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 not before
-        `patience_s` are over, or it died and is tried again later than in so many seconds as `hurry` then says."""
+    async def ready(self, engine: Engine, hurry: Callable[[], Awaitable[float]]) -> Connection:
+        """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 there is no room for it,
+        or it died and is tried again later than in so many seconds as `hurry` then says."""
         refusals = engine.refusals
         while True:
             if engine.connection is not None and engine.state == "ready":
@@ -309,18 +309,16 @@ class Pool:
                 if (left := engine.retry_at - now()) > retry_s:
                     raise Refused(503, f"{engine.model.name} cannot be loaded just now: {engine.cause}", code=RETRIED, retry_s=left)
             if engine.state == "absent":
-                await self.load(engine, patience_s)
+                await self.load(engine)
             elif engine.state == "releasing" and engine.connection is not None and not self.making_room.locked():
                 self.want(engine)  # it may live on for long: for a job that an older server has on it
             else:
                 await self.changed.wait()
 
-    async def events(
-        self, engine: Engine, entry: Entry, patience_s: float, hurry: Callable[[], Awaitable[float]]
-    ) -> AsyncGenerator[Event, None]:
+    async def events(self, engine: Engine, entry: Entry, hurry: Callable[[], Awaitable[float]]) -> AsyncGenerator[Event, None]:
         """All events of a request, from as many engines as it takes, each of them `ready`. The last is Done or Embedded. Raises Refused."""
         while True:
-            connection = await self.ready(engine, patience_s, hurry)
+            connection = await self.ready(engine, hurry)
             on_trial = entry.suspect
             if on_trial:
                 engine.suspects.append(entry)
@@ -386,11 +384,11 @@ class Pool:
         if engine.state == "absent":
             self.want(engine, automatic=True)
 
-    async def load(self, engine: Engine, patience_s: float) -> None:
-        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `patience_s`. Where a request has
+    async def load(self, engine: Engine) -> None:
+        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `queue_wait_s`. Where a request has
         a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them."""
         try:
-            async with asyncio.timeout(patience_s), self.making_room:
+            async with asyncio.timeout(self.config.server.queue_wait_s), self.making_room:
                 while engine.state == "absent" and (others := self.in_the_way(engine.model)):
                     if not any(other.state == "releasing" for other in others):
                         idle = [other for other in others if other.idle or (engine.served and not other.served)]
@@ -406,11 +404,11 @@ class Pool:
             self.turn(engine, engine.state)  # no room is being made any more
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
 
-    async def retire(self, name: str, patience_s: float) -> None:
-        """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `patience_s`."""
+    async def retire(self, name: str) -> None:
+        """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `queue_wait_s`."""
         engine = self.engines.get(name)
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(self.config.server.queue_wait_s):
                 while engine is not None and engine.state != "absent":
                     if engine.idle:
                         self.release(engine)

@@ -252,7 +252,7 @@ class Supervised:
                 if isinstance(word, Want):
                     threading.Thread(target=self.want, args=(word,), daemon=True).start()
                 elif isinstance(word, Release):
-                    threading.Thread(target=self.release, args=(word.model,), daemon=True).start()
+                    self.release(word.model)  # before what is said after it
 
     def say(self, word: messages.SupervisorWord) -> None:
         """To every server."""

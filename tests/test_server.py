@@ -305,6 +305,7 @@ def test_a_request_that_meets_a_leaving_engine_gets_the_next(home: Path) -> None
     with supervised(home) as server:
         for _ in range(5):
             assert content(ask(server, "n=1", keep_alive=0)) == words(1)
+        assert len(server.engines) == 5
         assert len(spoken(server, Want)) >= 5  # one more for each engine that was wanted again and ended all the same
 
 

@@ -130,7 +130,7 @@ class Service:
         elif place.name == BUILTIN:
             raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
         else:
-            await self.pool.retire(place.name, self.config.server.queue_wait_s)
+            await self.pool.retire(place.name)
             await asyncio.to_thread(self.catalogue.delete, place)
 
     def avoid_loop(self, ports: set[int]) -> None:
@@ -164,7 +164,7 @@ class Service:
 
     async def ready(self, exchange: Exchange, engine: Engine, model: Model) -> None:
         """`model`: as it was asked for, perhaps by an alias that has an equivalent of its own."""
-        await self.pool.ready(engine, self.config.server.queue_wait_s, lambda: self.hurry(exchange, model))
+        await self.pool.ready(engine, lambda: self.hurry(exchange, model))
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 
@@ -260,11 +260,8 @@ class Service:
             exchange.filler = None
 
     async def follow(self, exchange: Exchange, engine: Engine, choice: int, entry: Entry, tell: Tell) -> None:
-        wait_s = self.config.server.queue_wait_s
         with self.pool.serving(engine):
-            async with aclosing(
-                self.pool.events(engine, entry, wait_s, lambda: self.hurry(exchange, entry.request.model))
-            ) as events:
+            async with aclosing(self.pool.events(engine, entry, lambda: self.hurry(exchange, entry.request.model))) as events:
                 async for event in events:
                     await tell(choice, entry, event)
 
