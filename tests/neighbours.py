@@ -1,10 +1,12 @@
-"""Ollama's part, played by real processes on ports of their own."""
+"""Other servers on ports of their own: Ollama's part, played by a real process, and strangers that say what they are told to."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,3 +56,35 @@ def neighbour() -> Iterator[Callable[..., Neighbour]]:
     yield make
     for one in made:
         one.end()
+
+
+class Answering:
+    """A server in a thread that answers each request with `pieces`, as far as they are taken."""
+
+    def __init__(self, pieces: Callable[[], Iterator[bytes]]):
+        self.pieces = pieces
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.asked = self.sent = 0
+        self.thread = threading.Thread(target=self.run)
+
+    def __enter__(self) -> Answering:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listening.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.listening.close()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listening.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    self.asked += 1
+                    for piece in self.pieces():
+                        connection.sendall(piece)
+                        self.sent += len(piece)

@@ -274,18 +274,12 @@ def test_without_an_equivalent_in_ollama_it_is_a_503_that_says_so(server: Superv
     assert int(answer.headers["retry-after"]) > 200
 
 
-def test_one_that_is_tried_again_within_a_minute_is_not_waited_for_so_long(home: Path) -> None:
-    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"held": "says:latest"}) as server:
-        call = Background(lambda: post(server, "/api/chat", body_for("held", stream=False)))
-        server.expect("want", lambda word: isinstance(word, Want))
-        server.say(EngineDown(1, "held:latest", "it died 3 times", "retried", 60.0))
-        assert call.result().headers["x-mlxd-served-by"] == "ollama"
-
-
-def test_an_alias_has_an_equivalent_of_its_own(home: Path) -> None:
-    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={"brief": "says:latest"}) as server:
+@pytest.mark.parametrize("name", ["held", "brief"])
+def test_one_that_is_tried_again_within_a_minute_is_not_waited_for_so_long(home: Path, name: str) -> None:
+    """Also an alias that has an equivalent of its own."""
+    with fake_ollama() as neighbour, beside(home, neighbour, ("held",), models={name: "says:latest"}) as server:
         assert post(server, "/api/copy", {"source": "held", "destination": "brief"}).status_code == 200
-        call = Background(lambda: post(server, "/api/chat", body_for("brief", stream=False)))
+        call = Background(lambda: post(server, "/api/chat", body_for(name, stream=False)))
         server.expect("want", lambda word: isinstance(word, Want))
         server.say(EngineDown(1, "held:latest", "it died 3 times", "retried", 60.0))
         assert call.result().headers["x-mlxd-served-by"] == "ollama"

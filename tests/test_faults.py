@@ -23,6 +23,7 @@ import psutil
 import pytest
 from conftest import HERE, Daemon, eventually, http
 from known_answers import KNOWN
+from neighbours import Answering
 from test_handover import shadowed
 from test_mlxd import chat, real
 from test_spare import engine_of
@@ -150,37 +151,6 @@ def test_a_stranger_that_answers_at_our_address_is_told_of_and_left_alone(daemon
     told = d.until("the word for it", lambda s: s["state"] == "degraded" and "(stranger)" in s["reason"])
     assert f"polls of {told['url']}/health had no answer of this mlxd" in told["reason"]
     assert not d.exits()
-
-
-class Answering:
-    """A server in a thread that answers each request with `pieces`, as far as they are taken."""
-
-    def __init__(self, pieces: Callable[[], Iterator[bytes]]):
-        self.pieces = pieces
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
-        self.asked = self.sent = 0
-        self.thread = threading.Thread(target=self.run)
-
-    def __enter__(self) -> Answering:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.listening.shutdown(socket.SHUT_RDWR)
-        self.thread.join()
-        self.listening.close()
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.listening.accept()
-                with connection, contextlib.suppress(OSError):
-                    connection.recv(65536)
-                    self.asked += 1
-                    for piece in self.pieces():
-                        connection.sendall(piece)
-                        self.sent += len(piece)
 
 
 def poll(port: int, limit_s: float = 60.0) -> monitor.Answer:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from conftest import Daemon, eventually
 from neighbours import FAKE as FAKE_OLLAMA
-from neighbours import Neighbour, accepts, free_port, neighbour
+from neighbours import Answering, Neighbour, accepts, free_port, neighbour
 
 from mlxd import autostart, leftovers, ollama, owners
 from mlxd.config import Config
@@ -145,35 +145,15 @@ def test_an_ollama_that_is_not_there_is_down() -> None:
     assert ollama.look(f"http://127.0.0.1:{free_port()}", 1).state == "down"
 
 
-@contextlib.contextmanager
-def answering(data: bytes) -> Iterator[str]:
-    """A server that says this to whoever connects; its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listening.accept()
-                    connection.recv(4096)
-                    connection.sendall(data)
-                    connection.close()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        listening.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
-
-
 @pytest.mark.parametrize("head", [b"HTTP/1.1 " + b"2" * 5000 + b" OK", b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000])
 def test_a_number_without_end_is_no_reason_to_fail(head: bytes) -> None:
-    with answering(head + b"\r\n\r\n{}") as url:
-        assert ollama.look(url, 5).state == "stranger"
+    with Answering(lambda: iter([head + b"\r\n\r\n{}"])) as there:
+        assert ollama.look(there.url, 5).state == "stranger"
 
 
 def test_models_that_are_no_list_are_none() -> None:
-    with answering(b'HTTP/1.1 200 OK\r\n\r\n{"version": "0.12.0", "models": 5}') as url:
-        look = ollama.look(url, 5)
+    with Answering(lambda: iter([b'HTTP/1.1 200 OK\r\n\r\n{"version": "0.12.0", "models": 5}'])) as there:
+        look = ollama.look(there.url, 5)
     assert (look.state, look.models) == ("up", [])
 
 
@@ -182,17 +162,8 @@ def test_a_name_that_no_resolver_takes_is_down() -> None:
 
 
 def test_what_speaks_no_http_is_a_stranger() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def greet() -> None:
-            connection, _ = listening.accept()
-            connection.sendall(b"220 mail.example.com ESMTP\r\n")
-            connection.close()
-
-        thread = threading.Thread(target=greet)
-        thread.start()
-        look = ollama.look(f"http://127.0.0.1:{listening.getsockname()[1]}", 5)
-        thread.join()
+    with Answering(lambda: iter([b"220 mail.example.com ESMTP\r\n"])) as there:
+        look = ollama.look(there.url, 5)
     assert look.state == "stranger" and look.advice
 
 
