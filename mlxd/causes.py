@@ -91,6 +91,12 @@ FROZEN = Cause("frozen", "stopped beating", "look at the stack in the exit recor
 STALLED = Cause("stalled", "had work and made no progress", "look at the stack in the exit record")
 DESCRIPTORS = Cause("descriptors", "used up its file descriptors", "report it with the exit record")
 PROCESSES = Cause("processes", "started processes without end", "report it with the exit record")
+GROWN = Cause(
+    "grown",
+    "took more memory than its share",
+    "a new process has it back; if it comes again, report it with the exit record",
+    faultless=True,
+)
 UNRESPONSIVE = Cause("unresponsive", "did not answer /health", "look at the stack in the exit record")
 
 CAUSES = {cause.name: cause for cause in list(globals().values()) if isinstance(cause, Cause)}

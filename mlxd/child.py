@@ -105,6 +105,10 @@ class Child:
     progress_at: float = 0.0  # when a counter last moved, or there was nothing to do
     suspect: bool = False
     memory_bytes: int = 0
+    share_bytes: int = 0  # of an engine: what it was told that it may take of memory
+    ready_bytes: int = 0  # its footprint when it was first measured as ready
+    crowded_looks: int = 0  # how many in a row found it far over its share
+    crowded_at: float | None = None  # since when it takes no more requests
     descriptors: int = 0
     excess: str = ""  # what it had too much of when it was last looked at
     bye: Bye | None = None
@@ -294,6 +298,8 @@ class Child:
         self.alive = False
         self.pid = self.link = self.bye = self.ready_at = None
         self.counters, self.at_ready, self.memory_bytes, self.descriptors = Counters(), Counters(), 0, 0
+        self.share_bytes = self.ready_bytes = self.crowded_looks = 0
+        self.crowded_at = None
         self.deaths = [t for t in self.deaths if t > now - 3600] + ([] if self.ordered else [now])
         self.ordered = self.suspect = False
         self.suspicion = self.excess = ""

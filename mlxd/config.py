@@ -69,6 +69,7 @@ class Models(Section, frozen=True):
     dir: str = "~/mlx-models"
     #: None: mlxd-tiny while no other model exists.
     preload: list[str] | None = None
+    pin: list[str] = []
     max_cached: Count = 0  # 0: by memory
     keep_alive: Duration = "5m"
     context_length: Count = 0  # 0: the model's own
@@ -159,12 +160,14 @@ class Fallback(Section, frozen=True):
 
 class Ollama(Section, frozen=True):
     """The neighbour. `wanted`: `mlxd check` minds whether it is up; so it does with `recover`, by which `mlxd recover` may repair it.
-    `probe`: a token of a model that it has loaded is asked for, too."""
+    `probe`: a token of a model that it has loaded is asked for, too. `make_room`: it is asked to unload its models where one of mlxd's would
+    not fit beside them."""
 
     url: str = OLLAMA
     recover: bool = False
     wanted: bool = False
     probe: bool = False
+    make_room: bool = False
 
 
 class Recovery(Section, frozen=True):
@@ -206,7 +209,7 @@ class Service(Section, frozen=True):
 def of_server(config: Config) -> object:
     """What a server reads of it: equal for two configurations between which it need not be replaced."""
     at_requests = config.server, config.models, config.rate_limit, config.security, config.log, config.fallback
-    return *at_requests, config.ollama.url, config.health.silent_s
+    return *at_requests, config.ollama.url, config.ollama.make_room, config.health.silent_s, config.engine.memory_limit
 
 
 def of_engine(config: Config) -> object:
@@ -237,7 +240,7 @@ NAMES = {
     "OLLAMA_CONTEXT_LENGTH": ("models", "context_length"),
 }
 
-LISTS = {("models", "preload"), ("server", "origins"), ("security", "hosts")}
+LISTS = {("models", "preload"), ("models", "pin"), ("server", "origins"), ("security", "hosts")}
 PAIRS = {("fallback", "models")}
 COMMANDS = {("server", "command"), ("engine", "command")}
 

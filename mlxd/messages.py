@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 #: Both sides of a link must say the same number; another one is held until `mlxd restart`.
-PROTOCOL = 1
+PROTOCOL = 2
 
 # --- what both levels speak about --------------------------------------------------------------------------------------
 
@@ -165,6 +165,13 @@ class EngineDown(Struct, tag="engine_down", tag_field="word"):
     retry_s: float = 0.0
 
 
+class Crowded(Struct, tag="crowded", tag_field="word"):
+    """The engine of `model` takes more memory than its share: no more requests for it, until it is replaced, which is when it is idle."""
+
+    id: int
+    model: str
+
+
 class Exited(Struct, tag="exited", tag_field="word"):
     """The newest exit record, for `/health`."""
 
@@ -181,11 +188,18 @@ class Drain(Struct, tag="drain", tag_field="word"):
 
 
 class Load(Struct, tag="load", tag_field="word"):
-    """Sent once to a blank engine."""
+    """Sent once to a blank engine. `share_bytes`: what it may take of memory in all."""
 
     model: str
     directory: str
+    share_bytes: int
     tuning: Tuning = Tuning()
+
+
+class Share(Struct, tag="share", tag_field="word"):
+    """What an engine may take of memory from now on: others have come, grown or gone."""
+
+    share_bytes: int
 
 
 class Stop(Struct, tag="stop", tag_field="word"):
@@ -197,7 +211,7 @@ class Reopen(Struct, tag="reopen", tag_field="word"):
 
 
 ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled
-SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Stop | Reopen
+SupervisorWord = EngineUp | EngineDown | Crowded | Exited | Drain | Load | Share | Stop | Reopen
 
 # --- the engine's socket: server -> engine -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct
 
 import mlxd
-from mlxd import abilities
+from mlxd import abilities, estimate
 from mlxd.aliases import Alias, Aliases, Parameters
 from mlxd.errors import Refused
 from mlxd.messages import Sampling
@@ -42,8 +42,8 @@ MAX_LICENSE_BYTES = 64 * 1024
 class Model(Struct, frozen=True):
     """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits
     over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say. `thinks`, `calls` functions, `inserts`
-    text before other text: what it can do; `embeds`: it does nothing else. `alias`, `base`: under a name that is not its own, that and the
-    model itself."""
+    text before other text: what it can do; `embeds`: it does nothing else. `kv_bytes` of a token of context, `step_bytes` of a step: as far
+    as its config tells. `alias`, `base`: under a name that is not its own, that and the model itself."""
 
     name: str
     directory: Path
@@ -59,6 +59,8 @@ class Model(Struct, frozen=True):
     calls: bool = False
     inserts: bool = False
     embeds: bool = False
+    kv_bytes: int = 0
+    step_bytes: int = 0
     alias: Alias | None = None
     base: Model | None = None
 
@@ -83,6 +85,16 @@ class Model(Struct, frozen=True):
         said = self.alias.parameters.sampling() if self.alias else {}
         drawn = msgspec.structs.replace(usual, **said | {name: value for name, value in asked.items() if value is not None})
         return drawn if drawn.seed >= 0 else msgspec.structs.replace(drawn, seed=usual.seed)
+
+    @property
+    def least_context(self) -> int:
+        """Tokens, without room for which it is not worth loading."""
+        return min(self.context_length or estimate.LEAST_CONTEXT, estimate.LEAST_CONTEXT)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory without which it is not loaded."""
+        return self.size_bytes + self.least_context * self.kv_bytes + self.step_bytes
 
     @property
     def parameter_size(self) -> str:
@@ -336,6 +348,8 @@ def read_model(name: str, directory: Path) -> Model:
         calls=abilities.calls(str(config.get("model_type")), tokenizer, abilities.read_templates(directory), vocabulary),
         inserts=abilities.inserts(vocabulary),
         embeds=config.get("model_type") in ENCODERS,
+        kv_bytes=0 if config.get("model_type") in ENCODERS else estimate.kv_bytes_per_token(config),
+        step_bytes=estimate.prefill_bytes(config, estimate.USUAL_STEP),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +14,8 @@ from mlxd.probe import Look
 LEAVING_S = 10.0
 #: One that should have been unloaded for longer than this is stuck.
 STUCK_S = 300.0
+#: Of each question in the course of unloading.
+UNLOAD_S = 2.0
 
 
 def look(url: str, limit_s: float, probe_s: float | None = None) -> Look:
@@ -36,6 +39,19 @@ def look(url: str, limit_s: float, probe_s: float | None = None) -> Look:
         return Look("wedged", f"/api/version answers, and nothing that a model is needed for: {no}", reply.seconds, version=version)
     memory = sum(size for model in models if isinstance(size := model.get("size"), int))
     return Look("up", "", reply.seconds, version=version, models=[model["name"] for model in models], memory_bytes=memory)
+
+
+def unload(url: str) -> list[str]:
+    """Ask Ollama to unload every model that it has in memory, each as soon as it is idle; their names. None when it does not answer."""
+    try:
+        told = probe.fetch(f"{url}/api/ps", UNLOAD_S).json.get("models")
+    except probe.NoReply:
+        return []
+    names = [str(model["name"]) for model in told if isinstance(model, dict) and "name" in model] if isinstance(told, list) else []
+    for name in names:
+        with contextlib.suppress(probe.NoReply):  # one that is busy answers late, and has been told
+            probe.fetch(f"{url}/api/generate", UNLOAD_S, json.dumps({"model": name, "keep_alive": 0}).encode())
+    return names
 
 
 def not_ollama(url: str) -> str:

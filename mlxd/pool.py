@@ -17,13 +17,14 @@ from typing import Literal
 
 import psutil
 
-from mlxd import causes, messages
+from mlxd import causes, messages, shares
 from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Entry
 from mlxd.messages import (
     Cancel,
     Counters,
+    Crowded,
     Done,
     Embedded,
     EngineDown,
@@ -44,8 +45,10 @@ from mlxd.models import Model
 RECONNECT_S = 0.25
 #: Events that may wait for a client that does not read; it has 64 KiB in this process and what the kernel holds before that.
 MOST_UNREAD = 8192
-#: A model needs room for its weights and a fifth of that again before it is loaded beside others.
-ROOM = 1.2
+#: Available memory that is left to others: a twentieth of the machine's, a gigabyte at most.
+RESERVE_SHARE, MOST_RESERVE = 20, 2**30
+#: Memory that Ollama was asked to give up has so long to come back, and is looked for so often.
+GIVEN_BACK_S, LOOK_S = 10.0, 0.25
 #: The code of the Refused that says that a model cannot be loaded just now, but will be tried again.
 RETRIED = "retried"
 #: A sweep that comes so much late means that this process was stopped: nothing could be heard meanwhile.
@@ -194,14 +197,17 @@ class Engine:
 
     `state`: absent (not wanted), loading (wanted; also while a dead one is replaced), ready (connected), retried (the supervisor tries
     again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `served`: those of them that
-    have a slot. `cause`: why it last went. `latest`: the connection, or the one before.
-    `suspects`: requests that run alone, one after the other, since engines died under them.
+    have a slot. `pinned`: it goes for nobody. `crowded`: it takes no more requests, and is replaced when it is idle. `cause`: why it last
+    went. `latest`: the connection, or the one before. `suspects`: requests that run alone, one after the other, since engines died under
+    them.
     """
 
     def __init__(self, model: Model, keep_alive_s: float, now: float):
         self.model = model
         self.keep_alive_s = keep_alive_s
         self.preloaded = False
+        self.pinned = False
+        self.crowded = False
         self.state: State = "absent"
         self.up: EngineUp | None = None
         self.connection: Connection | None = None
@@ -220,6 +226,12 @@ class Engine:
         return self.users == 0 and self.state not in ("absent", "releasing")
 
     @property
+    def memory_bytes(self) -> int:
+        """What it takes or, while it loads, will take at the least."""
+        active = self.connection.counters.active_bytes if self.connection else 0
+        return max(self.model.size_bytes, active)
+
+    @property
     def context_length(self) -> int:
         return self.connection.loaded.context_length if self.connection else self.model.context_length
 
@@ -230,7 +242,8 @@ class Engine:
 
 
 class Pool:
-    """All engines, by canonical model name. `say` sends a word to the supervisor; `look_up` finds a model by its name, or None."""
+    """All engines, by canonical model name. `say` sends a word to the supervisor; `look_up` finds a model by its name, or None. `ask_neighbour`
+    asks Ollama to unload its models, and tells whether it had any."""
 
     def __init__(
         self,
@@ -238,13 +251,16 @@ class Pool:
         keep_alive_s: float,
         say: Callable[[Want | Release | Stalled], None],
         look_up: Callable[[str], Awaitable[Model | None]],
+        ask_neighbour: Callable[[], Awaitable[bool]] | None = None,
     ):
         self.config = config
         self.keep_alive_s = keep_alive_s
         self.say = say
         self.look_up = look_up
+        self.ask_neighbour = ask_neighbour
         self.engines: dict[str, Engine] = {}
         self.making_room = asyncio.Lock()
+        self.turn_at = math.inf  # from when on nobody new goes before the one that room is being made for
         self.changed = asyncio.Event()  # some engine's state
         self.left = asyncio.Event()  # somebody left an engine, or it has gone
         self.swept_at = math.inf
@@ -273,6 +289,7 @@ class Pool:
         if keep_alive_s is not None:
             engine.keep_alive_s = keep_alive_s
             engine.preloaded &= keep_alive_s > 0
+            engine.pinned &= keep_alive_s > 0
         try:
             yield engine
         finally:
@@ -291,12 +308,13 @@ class Pool:
         finally:
             engine.served -= 1
 
-    async def ready(self, engine: Engine, hurry: Callable[[], Awaitable[float]]) -> Connection:
-        """A connection to the engine, which is loaded first if need be. Raises Refused: 400 it cannot be loaded, 503 there is no room for it,
-        or it died and is tried again later than in so many seconds as `hurry` then says."""
+    async def ready(self, engine: Engine, hurry: Callable[[], Awaitable[float]], new: bool = False) -> Connection:
+        """A connection to the engine, which is loaded first if need be. `new`: for a request that has no slot yet. Raises Refused: 400 it
+        cannot be loaded, 507 there will be no memory for it, 503 there is no room for it now, or it died and is tried again later than in
+        so many seconds as `hurry` then says."""
         refusals = engine.refusals
         while True:
-            if engine.connection is not None and engine.state == "ready":
+            if engine.connection is not None and engine.state == "ready" and not (new and self.stands_aside(engine)):
                 return engine.connection
             if engine.refusals != refusals:
                 raise Refused(
@@ -377,32 +395,73 @@ class Pool:
         engine.model = model
         return engine
 
-    def preload(self, model: Model) -> None:
+    def preload(self, model: Model, pinned: bool = False) -> None:
+        """Load it and keep it. Raises Refused when there is no room for it."""
         engine = self.engine(model)
         engine.preloaded = True
+        engine.pinned |= pinned
         engine.keep_alive_s = math.inf
         if engine.state == "absent":
+            if why := self.lack(engine):
+                raise self.no_memory(engine, why)
             self.want(engine, automatic=True)
 
     async def load(self, engine: Engine) -> None:
-        """Make room for the engine, then want it. Raises Refused when none of the others becomes idle in `queue_wait_s`. Where a request has
-        a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them."""
+        """Make room for the engine, then want it. Raises Refused: 507 when there will be none, 503 when none of the others becomes idle in
+        `queue_wait_s`. Where a request has a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them.
+        So do, after a quarter of that time, those whose new requests have stood aside: each model has its turn."""
+        wait_s = self.config.server.queue_wait_s
         try:
-            async with asyncio.timeout(self.config.server.queue_wait_s), self.making_room:
-                while engine.state == "absent" and (others := self.in_the_way(engine.model)):
-                    if not any(other.state == "releasing" for other in others):
-                        idle = [other for other in others if other.idle or (engine.served and not other.served)]
-                        if not idle:
-                            self.left.clear()
-                            await self.left.wait()
-                            continue
-                        self.release(min(idle, key=lambda other: (not other.idle, other.preloaded, other.used_at)))
-                    await self.changed.wait()
+            async with asyncio.timeout(wait_s), self.making_room:
+                self.turn_at = now() + wait_s / 4
+                asked = False
+                while engine.state == "absent" and (why := self.lack(engine)):
+                    if not self.could_fit(engine):
+                        if asked:
+                            raise self.no_memory(engine, why)
+                        asked = True
+                        await self.make_room_next_door(engine)
+                    elif any(other.state == "releasing" for other in self.present):
+                        await self.changed.wait()
+                    elif going := self.next_to_go(engine):
+                        self.release(going)
+                    else:
+                        self.left.clear()
+                        await self.left.wait()
                 if engine.state == "absent":
                     self.want(engine)
         except TimeoutError:
-            self.turn(engine, engine.state)  # no room is being made any more
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
+        finally:
+            self.turn_at = math.inf
+            self.turn(engine, engine.state)  # no room is being made any more
+
+    def next_to_go(self, engine: Engine) -> Engine | None:
+        """The engine that makes room for this one: an idle one, if there is any, that was not preloaded, and has not been used for longest."""
+        going = [
+            other
+            for other in self.present
+            if not other.pinned and (other.idle or ((engine.served or self.turn_is_over) and not other.served))
+        ]
+        return min(going, key=lambda other: (not other.idle, other.preloaded, other.used_at), default=None)
+
+    @property
+    def turn_is_over(self) -> bool:
+        """Room is being made, and those who hold it have had it for long enough."""
+        return now() >= self.turn_at
+
+    def stands_aside(self, engine: Engine) -> bool:
+        """Whether a new request for this engine waits, although it is ready."""
+        return engine.crowded or (self.turn_is_over and not engine.pinned)
+
+    async def make_room_next_door(self, engine: Engine) -> None:
+        """Ask Ollama for its memory, and see whether it comes back."""
+        if self.ask_neighbour is None or not await self.ask_neighbour():
+            return
+        for _ in range(round(GIVEN_BACK_S / LOOK_S)):
+            if self.could_fit(engine):
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def retire(self, name: str) -> None:
         """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `queue_wait_s`."""
@@ -418,15 +477,42 @@ class Pool:
         except TimeoutError:
             raise Refused(503, f"{name} is busy; please try again", code="busy", retry_s=5) from None
 
-    def in_the_way(self, model: Model) -> list[Engine]:
-        """The engines of which one has to go before `model` is loaded; none when there is room."""
-        others = self.present
+    # --- memory ---------------------------------------------------------------------------------------------------------------
+
+    def lack(self, engine: Engine) -> str:
+        """Why there is no room for this engine beside those that are there, in words; "" when there is."""
+        others = [other for other in self.present if other is not engine]
         most = self.config.models.max_cached
         if most and len(others) >= most:
-            return others
-        if psutil.virtual_memory().available < ROOM * model.size_bytes and any(e.idle or e.state == "releasing" for e in others):
-            return others
-        return []
+            return f"models.max_cached (MLX_MAX_CACHED_MODELS) is {most}"
+        needed, limit, free = engine.model.needed_bytes, self.limit(others), free_bytes(others)
+        if needed <= min(limit, free):
+            return ""
+        have = f"engine.memory_limit leaves {said(limit)}" if limit < free else f"{said(free)} are available"
+        return f"it needs {in_words(engine.model)}, and {have}"
+
+    def limit(self, others: list[Engine]) -> int:
+        """What the limit of all engines leaves beside these."""
+        return shares.limit(self.config.engine.memory_limit) - sum(other.memory_bytes for other in others)
+
+    def could_fit(self, engine: Engine) -> bool:
+        """Whether there would be room if all went that may."""
+        pinned = [other for other in self.present if other.pinned and other is not engine]
+        most = self.config.models.max_cached
+        if most and len(pinned) >= most:
+            return False
+        free = free_bytes([]) + sum(other.memory_bytes for other in self.present if not other.pinned and other is not engine)
+        return engine.model.needed_bytes <= min(self.limit(pinned), free)
+
+    def no_memory(self, engine: Engine, why: str) -> Refused:
+        """What can be done about it: a shorter context, where the weights fit; unloading what is pinned."""
+        model = engine.model
+        pinned = [other for other in self.present if other.pinned and other is not engine]
+        room = min(self.limit(pinned), free_bytes(pinned)) - model.needed_bytes + model.least_context * model.kv_bytes
+        fits = f"; {room // model.kv_bytes} tokens of context would fit" if model.kv_bytes and room >= model.kv_bytes else ""
+        unload = ", ".join(other.model.name for other in pinned)
+        remedy = f"unload {unload}" if unload else "end other programs, or use a smaller model or one with fewer bits"
+        return Refused(507, f"{model.name} cannot be loaded: {why}{fits}; {remedy}", code="insufficient_memory", hopeless=True)
 
     def want(self, engine: Engine, automatic: bool = False) -> None:
         self.say(Want(engine.model.name, str(engine.model.directory), preload=engine.preloaded, automatic=automatic))
@@ -479,14 +565,22 @@ class Pool:
                 self.turn(engine, "ready")
             return
         self.disconnect(engine)
+        engine.crowded = False
         engine.up = up
         engine.connecting = asyncio.create_task(self.keep_connected(engine, up.socket))
+
+    def engine_crowded(self, word: Crowded) -> None:
+        """It takes no more requests until it is replaced."""
+        engine = self.engines.get(word.model)
+        if engine is not None and engine.up is not None and engine.up.id == word.id:
+            engine.crowded = True
 
     def engine_down(self, down: EngineDown) -> None:
         engine = self.engines.get(down.model)
         if engine is None:
             return
         self.disconnect(engine)
+        engine.crowded = False
         if engine.latest is not None and engine.latest.cause is None:
             engine.latest.cause = down.cause
         if down.next == "released":  # if it was to be retried, it still is not before its time
@@ -531,6 +625,27 @@ class Pool:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def free_bytes(loading: list[Engine]) -> int:
+    """What is available beside a reserve, once those of `loading` that do have their weights."""
+    memory = psutil.virtual_memory()
+    pending = sum(engine.model.size_bytes for engine in loading if engine.state == "loading")
+    return max(0, memory.available - min(MOST_RESERVE, memory.total // RESERVE_SHARE) - pending)
+
+
+def in_words(model: Model) -> str:
+    """What it needs to be loaded, and for what."""
+    context = model.least_context * model.kv_bytes
+    step = model.needed_bytes - model.size_bytes - context
+    return (
+        f"{said(model.needed_bytes)} of memory ({said(model.size_bytes)} for its weights, {said(context)} for "
+        f"{model.least_context} tokens of context, {said(step)} for a step)"
+    )
+
+
+def said(count: int) -> str:
+    return f"{max(0, count) / 1e9:.2f} GB"
 
 
 def keep_alive_s(value: float | str | None) -> float | None:

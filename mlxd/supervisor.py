@@ -44,6 +44,7 @@ from mlxd import (
     monitor,
     paths,
     policy,
+    shares,
     status,
     strays,
     tokens,
@@ -319,7 +320,8 @@ class Supervisor:
                 self.spawn(one)
             case Action.ORDER if one.link is not None and one.model is not None:
                 self.boots.begin(one.model)
-                one.link.send(messages.Load(one.model, one.directory, one.tuning))
+                one.share_bytes = self.share(one)
+                one.link.send(messages.Load(one.model, one.directory, one.share_bytes, one.tuning))
             case Action.DRAIN if one.link is not None:
                 one.link.send(messages.Drain(one.drain_s) if one.kind == "server" else messages.Stop())
             case Action.TERMINATE:
@@ -838,6 +840,7 @@ class Supervisor:
                 one.oom_kills = oom_kills
             self.look_at_beats(one, now)
             self.look_at_progress(one, now)
+            self.look_at_memory(one, now)
             if one.state is State.READY and one.ready_at and now - one.ready_at > limits.healthy_s:
                 one.counted.clear()
                 one.trial = False
@@ -890,6 +893,37 @@ class Supervisor:
         health = self.config.health
         if now - one.progress_at > (health.stalled_prefill_s if one.counters.prefilling else health.stalled_s):
             self.accuse(one, "stalled")
+
+    # --- memory ------------------------------------------------------------------------------------------------------------------------
+
+    def share(self, one: Child) -> int:
+        """What this engine may take of memory: what those with other models leave."""
+        others = [engine.memory_bytes for engine in self.engines if engine is not one and engine.model is not None]
+        return shares.share(shares.limit(self.config.engine.memory_limit), others)
+
+    def look_at_memory(self, one: Child, now: float) -> None:
+        """Tell an engine what the others leave it now. One that has grown beyond that by itself is replaced: at once if it is far beyond, else
+        when it is idle, or after a while. Its requests go on in the next."""
+        if one.kind != "engine" or one.state is not State.READY or one.link is None or one.model is None:
+            return
+        one.ready_bytes = one.ready_bytes or one.memory_bytes
+        share_bytes = self.share(one)
+        if abs(share_bytes - one.share_bytes) > shares.WORTH_TELLING * one.share_bytes:
+            one.share_bytes = share_bytes
+            one.link.send(messages.Share(share_bytes))
+        one.crowded_looks = one.crowded_looks + 1 if one.memory_bytes > shares.HARD * share_bytes else 0
+        crowding = shares.crowding(one.memory_bytes, one.ready_bytes, share_bytes, one.crowded_looks)
+        if crowding is shares.Crowding.FINE:
+            return
+        if one.crowded_at is None:
+            one.crowded_at = now
+            log.warning("%s takes %d of %d bytes and is replaced when it is idle", one.title, one.memory_bytes, share_bytes)
+            self.tell_servers(messages.Crowded(one.slot, one.model))
+        patient = now - one.crowded_at < shares.PATIENCE_S
+        if crowding is shares.Crowding.HARD or not one.counters.running or not patient:
+            one.suspicion = causes.GROWN.name
+            self.handle(one, Event.RENEWED)
+            one.ordered = one.alive
 
     def look_at_excess(self) -> None:
         """Descriptors and processes that are never given back end with a child, or a machine, on which nothing can be started any more."""

@@ -46,6 +46,8 @@ from mlxd.messages import (
     TokenLogprob,
 )
 
+#: Of memory, where a test is not about it.
+PLENTY = 2**40
 DEADLINE_S = 30.0
 W = TypeVar("W")
 GREEDY = Sampling(seed=0)
@@ -131,9 +133,11 @@ class EngineProcess:
         said = "\n".join(map(repr, self.history))
         return f"words:\n{said}\nlog:\n{self.log_path.read_text(errors='replace')[-4000:]}"
 
-    def load(self, directory: Path, model: str = "tiny", deadline_s: float = DEADLINE_S) -> EngineProcess:
+    def load(
+        self, directory: Path, model: str = "tiny", deadline_s: float = DEADLINE_S, share_bytes: int = PLENTY
+    ) -> EngineProcess:
         self.word(messages.Hello, deadline_s)
-        self.say(Load(model, str(directory)))
+        self.say(Load(model, str(directory), share_bytes))
         self.word(messages.Ready, deadline_s)
         return self
 

@@ -65,6 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--crawl", type=float, default=0.0, help="the same, but a token comes every so many seconds")
     parser.add_argument("--hang-gil", action="store_true", help="when ready: wait in native code that holds the interpreter lock")
     parser.add_argument("--swell", type=int, default=0, help="when ready: take so many MB of memory")
+    parser.add_argument("--grow", type=int, default=0, help="when ready: take so many MB of memory every second")
     parser.add_argument(
         "--complain", type=float, default=-1.0, help="a server: so long after the first engine is up, say it is stalled"
     )
@@ -200,6 +201,8 @@ class FakeChild:
             with contextlib.suppress(OSError):
                 while True:
                     os.dup(0)
+        if self.how.grow:
+            TASKS.append(asyncio.ensure_future(grow(self.how.grow * 2**20)))
         if self.how.spew:
             await asyncio.to_thread(spew, self.how.spew * 2**20)
         if self.how.hang_gil:
@@ -281,6 +284,14 @@ def take_memory(size_bytes: int) -> mmap.mmap:
     for offset in range(0, size_bytes, mmap.PAGESIZE):
         memory[offset] = 1
     return memory
+
+
+async def grow(size_bytes: int) -> None:
+    """Until somebody ends it; a gigabyte at most."""
+    held = []
+    while len(held) * size_bytes < 2**30:
+        held.append(take_memory(size_bytes))
+        await asyncio.sleep(1.0)
 
 
 def spew(size_bytes: int) -> None:

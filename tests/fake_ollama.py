@@ -62,12 +62,13 @@ def lines(path: str) -> list[bytes]:
 
 
 class FakeOllama:
-    """`seen`: requests but those for the list, `lists`: how many of those. `sent_bytes`: of the endless answer. `gone`: connections that
-    the other side has ended before the answer was complete."""
+    """`loaded`: what it has in memory. `seen`: requests but those for the list, `lists`: how many of those. `sent_bytes`: of the endless
+    answer. `gone`: connections that the other side has ended before the answer was complete."""
 
     def __init__(self, mode: str = "", names: tuple[str, ...] = MODELS, port: int = 0):
         self.mode = mode
         self.names = names
+        self.loaded: list[str] = []
         self.seen: list[Asked] = []
         self.lists = 0
         self.sent_bytes = 0
@@ -127,6 +128,8 @@ class FakeOllama:
                 reply(connection, 200, body)
 
     def answer(self, connection: socket.socket, path: str, asked: Asked) -> None:
+        if path == "/api/ps":
+            return reply(connection, 200, json.dumps({"models": [entry(name) for name in self.loaded]}).encode())
         if not asked.body:
             return reply(connection, 200, b'{"id":"says:latest"}')
         name = (json.loads(asked.body).get("model") or "").partition(":")[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Daemon, eventually
-from engine_client import DEADLINE_S, EngineProcess, make_tiny_model
+from engine_client import DEADLINE_S, PLENTY, EngineProcess, make_tiny_model
 
 import mlxd
 from mlxd import causes, child, messages, supervisor
@@ -134,6 +134,7 @@ def test_whoever_ended_it_decides_who_is_blamed() -> None:
         "deadline",
         "disk",
         "victim",
+        "grown",
     }
     assert {name for name, cause in CAUSES.items() if cause.pressure} == {"memory"}
     assert all(cause.faultless for cause in CAUSES.values() if cause.outside)
@@ -261,7 +262,7 @@ def test_an_engine_whose_weights_do_not_fit_its_address_space_dies_of_memory(tmp
     limited.write_text(LIMITED)
     with EngineProcess(tmp_path / "e", script=str(limited)) as process:
         process.word(messages.Hello)
-        process.say(messages.Load("m", str(model)))
+        process.say(messages.Load("m", str(model), PLENTY))
         bye = process.word(Bye)
         assert bye.cause == "error", bye
         status = process.wait()
@@ -288,7 +289,7 @@ def test_a_tuned_engine_runs_fewer_rows_at_once_and_the_others_wait(tmp_path: Pa
         expected = [wire.ask(**fields).ids for fields in asked]
     with EngineProcess(tmp_path / "b", settings) as process:
         process.word(messages.Hello)
-        process.say(messages.Load("tiny", str(model), Tuning(prefill_tokens=64, max_concurrent=2, cache_share=0.0)))
+        process.say(messages.Load("tiny", str(model), PLENTY, Tuning(prefill_tokens=64, max_concurrent=2, cache_share=0.0)))
         process.word(messages.Ready)
         with process.connect() as wire:
             jobs = [wire.submit(**fields) for fields in asked]

@@ -21,7 +21,7 @@ import numpy as np
 import ollama
 import openai
 import pytest
-from engine_client import DEADLINE_S, EngineProcess, Wire, make_tiny_model, spoil_row
+from engine_client import DEADLINE_S, PLENTY, EngineProcess, Wire, make_tiny_model, spoil_row
 from server_client import Background, RealEngine, Supervised, supervised, until
 
 import mlxd
@@ -348,7 +348,7 @@ def test_a_causal_model_with_a_module_of_its_own_says_why_it_does_not_embed(tmp_
     directory = make_tiny_model(tmp_path / "m")
     (directory / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]')
     batch = Batch(Config(), print)
-    opened = batch.open(Load("tiny", str(directory)), tmp_path / "view")
+    opened = batch.open(Load("tiny", str(directory), PLENTY), tmp_path / "view")
     service = Service(batch, opened, Loaded(pid=1, model="tiny", context_length=1024), 2.0, print)
     assert opened.generates
     assert service.inability(Submit(job=1, sampling=Sampling(seed=0), prompt="x")) == ""

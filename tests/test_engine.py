@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_client import DEADLINE_S, GREEDY, EngineProcess, Result, Wire, make_tiny_model, spoil_row
+from engine_client import DEADLINE_S, GREEDY, PLENTY, EngineProcess, Result, Wire, make_tiny_model, spoil_row
 from known_answers import KNOWN, LONG, THINKING, UNICODE
 
 import mlxd
@@ -722,7 +722,7 @@ def spoilt(tmp_path: Path, **changes: Any) -> Path:
 def refusal(tmp_path: Path, directory: Path) -> str:
     with EngineProcess(tmp_path / "e") as process:
         process.word(Hello)
-        process.say(Load("spoilt", str(directory)))
+        process.say(Load("spoilt", str(directory), PLENTY))
         bye = process.word(Bye)
         assert bye.cause == "refused", bye
         assert process.wait() == 0

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from engine_client import PLENTY
 from mlx_lm import sample_utils
 
 import mlxd
@@ -339,7 +340,7 @@ def heard(news: queue.SimpleQueue[Any], kind: type) -> Any:
 def test_the_model_thread_reports_an_exception_and_is_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     batch = Batch(Config(), news.put)
-    batch.start(Load("mlxd-tiny", str(BUILTIN)), tmp_path / "view")
+    batch.start(Load("mlxd-tiny", str(BUILTIN), PLENTY), tmp_path / "view")
     heard(news, Opened)
     batch.admit(Row("good", [5, 6, 7], Draw(Sampling(seed=0), 3), 2))
     assert heard(news, Tick).accepted[0][0].owner == "good"

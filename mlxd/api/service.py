@@ -13,7 +13,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mlxd import guard
+from mlxd import guard, ollama
 from mlxd.admission import Admission, Priority
 from mlxd.aliases import Aliases
 from mlxd.api.exchange import Exchange, Filler
@@ -81,7 +81,8 @@ class Service:
         self.admission = Admission(server.max_concurrent, server.max_queue, server.queue_wait_s)
         self.journal = Journal(server.poison_s)
         self.store = Store()
-        self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
+        ask = self.ask_neighbour if config.ollama.make_room else None
+        self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up, ask)
         self.policy = guard.Policy(tuple(server.origins), strict_host=config.security.strict_host)
         self.tokens: Tokens | None = None
         self.exchanges: set[Exchange] = set()
@@ -142,16 +143,23 @@ class Service:
             self.fallback = None
 
     async def preload(self) -> None:
-        """Want what the configuration names; the built-in model while there is no other."""
-        names = self.config.models.preload
+        """Want what the configuration names, pinned models first; the built-in model while there is no other."""
+        pinned, names = self.config.models.pin, self.config.models.preload
         if names is None:
-            names = [BUILTIN] if all(model.builtin for model in await self.models()) else []
-        for name in names:
+            names = [BUILTIN] if not pinned and all(model.builtin for model in await self.models()) else []
+        for name in [*pinned, *names]:
             try:
-                self.pool.preload(await self.find(name))
+                self.pool.preload(await self.find(name), pinned=name in pinned)
             except Refused as refused:
                 self.problems.append(refused.message)
                 log.warning("cannot preload: %s", refused.message)
+
+    async def ask_neighbour(self) -> bool:
+        """Whether Ollama had models to unload."""
+        names = await asyncio.to_thread(ollama.unload, self.config.ollama.url)
+        if names:
+            log.info("asked Ollama to unload %s", ", ".join(names))
+        return bool(names)
 
     async def load(self, exchange: Exchange, model: Model, keep_alive_s: float | None) -> int:
         """Load a model, or unload it (0 seconds); ns since the request came. Raises Refused."""
@@ -164,7 +172,7 @@ class Service:
 
     async def ready(self, exchange: Exchange, engine: Engine, model: Model) -> None:
         """`model`: as it was asked for, perhaps by an alias that has an equivalent of its own."""
-        await self.pool.ready(engine, lambda: self.hurry(exchange, model))
+        await self.pool.ready(engine, lambda: self.hurry(exchange, model), new=True)
 
     # --- answers --------------------------------------------------------------------------------------------------------------
 

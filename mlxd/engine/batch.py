@@ -25,12 +25,14 @@ import psutil
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as row_caches
 
+from mlxd import estimate
 from mlxd.config import Config
 from mlxd.engine import bert
 from mlxd.engine.embedding import Embedder, Texts, read_pooling
 from mlxd.engine.grammar import Grammars
 from mlxd.engine.logprobs import Odds
 from mlxd.engine.prefix import PrefixIndex
+from mlxd.engine.room import Room, measured
 from mlxd.engine.sampling import Draw, WrongOutput, generate
 from mlxd.engine.view import make_view
 from mlxd.logs import words_of
@@ -66,7 +68,8 @@ LEAST_PREFIX_BYTES = 16 * 1024 * 1024
 @dataclass(eq=False, slots=True)
 class Row:
     """One sequence in the batch. `ids`: what is to be prefilled, the prompt and what an earlier engine emitted; `owner` is the
-    caller's own. `max_tokens`: how many more to generate, 1 at least. The model thread writes `uid` and `done`."""
+    caller's own. `max_tokens`: how many more to generate, 1 at least. The model thread writes the rest: `done`, how many of `ids` are in the
+    cache; `emitted`, what it has generated since; `accepted`: it has been in the batch, although it may have been put back."""
 
     owner: Any
     ids: list[int]
@@ -74,6 +77,17 @@ class Row:
     max_tokens: int
     uid: int = -1
     done: int = 0
+    emitted: list[int] = field(default_factory=list)
+    accepted: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + len(self.emitted)
+
+    def put_back(self) -> None:
+        """To begin again where it was: what it has generated is prefilled, and the next token is the one it would have been."""
+        self.ids, self.max_tokens = self.ids + self.emitted, self.max_tokens - len(self.emitted)
+        self.uid, self.done, self.emitted = -1, 0, []
 
 
 @dataclass(slots=True)
@@ -133,7 +147,9 @@ class Batch:
         self.post = post
         self.counters = Counters()
         self.inbox: queue.SimpleQueue[Callable[[Tick], None]] = queue.SimpleQueue()
-        self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row
+        self.rows: dict[int, Row] = {}  # by uid, the generator's name for a row; those that came first are first
+        self.waiting: deque[Row] = deque()  # for memory
+        self.room = Room()
         self.texts: deque[tuple[Texts, Iterator[int], int]] = deque()  # with the work on them, and how many tokens it has read
         self.prefixes = PrefixIndex(0)  # until the model is loaded and says how much
         self.generator: Any = None  # also when the model only embeds
@@ -159,7 +175,7 @@ class Batch:
 
     def admit(self, row: Row) -> None:
         self.admitted += 1
-        self.inbox.put(partial(self.insert, row))
+        self.inbox.put(partial(self.queue, row))
 
     def embed(self, texts: Texts) -> None:
         """Only if the model gives vectors."""
@@ -177,6 +193,12 @@ class Batch:
         """One token of our own, to see whether the model thread still gives any."""
         self.admitted += 1
         self.inbox.put(self.sing)
+
+    def limit(self, share_bytes: int) -> None:
+        """What this engine may take of memory from now on; rows that run are put back if need be."""
+        self.room.share = share_bytes
+        mx.set_memory_limit(share_bytes)  # a number under a lock of MLX's allocator; no stream is touched
+        self.inbox.put(lambda tick: self.prefixes.shrink(self.room.bytes))  # of an idle engine, too
 
     # --- the thread ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +223,8 @@ class Batch:
         """Load the model. Raises Broken when it never will."""
         config = make_view(Path(load.directory), view)
         encodes = config["model_type"] in ENCODERS
-        mx.set_memory_limit(self.config.engine.memory_limit or psutil.virtual_memory().total * 3 // 4)
+        blank_bytes = psutil.Process().memory_info().rss
+        self.limit(load.share_bytes)
         try:
             model, config = (bert.load(view, config), config) if encodes else mlx_lm.utils.load_model(view, lazy=True)
             tokenizer = mlx_lm.utils.load_tokenizer(view, eos_token_ids=config.get("eos_token_id"))  # as mlx_lm.load does
@@ -234,6 +257,7 @@ class Batch:
         most = tuning.max_concurrent or self.config.server.max_concurrent
         prefix_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
         self.prefixes.max_bytes = int(prefix_bytes * tuning.cache_share)
+        self.room.taken = blank_bytes + self.counters.loaded + estimate.prefill_bytes(config, self.prefill_tokens)
         self.generator = generate.BatchGenerator(
             model,
             stop_tokens=[(token,) for token in sorted(tokenizer.eos_token_ids)],
@@ -268,23 +292,34 @@ class Batch:
             return
         self.generator.prefill_batch_size = self.generator.completion_batch_size  # the last step may have left no room for prompts
         self.generator.insert([list(self.greeting)], max_tokens=[1], samplers=[Draw(Sampling(seed=0), len(self.greeting))])
-        while not self.generator.next()[1]:
+        while not (ended := self.generator.next()[1]):
             yield
+        self.room.layers = self.room.layers or measured(ended[0].prompt_cache)
 
     def turn(self) -> None:
         """Take what is in the inbox, waiting for it if there is nothing to do, and step."""
         tick = Tick(time.monotonic_ns())
-        while not (self.rows or self.texts) or not self.inbox.empty():
-            if not (self.rows or self.texts) and self.inbox.empty():
+        while not self.busy or not self.inbox.empty():
+            if not self.busy and self.inbox.empty():
                 mx.clear_cache()  # an idle engine keeps no buffers
             self.inbox.get()(tick)
         if self.texts:
             self.read(tick)
         tick.began_ns = time.monotonic_ns()
+        self.mind_the_room()
+        while self.waiting and self.has_room(self.waiting[0]):
+            self.insert(self.waiting.popleft(), tick)
         if self.rows:
             self.step(tick)
         tick.ended_ns = time.monotonic_ns()
         self.post(tick)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.rows or self.texts or self.waiting)
+
+    def queue(self, row: Row, tick: Tick) -> None:
+        self.waiting.append(row)
 
     def insert(self, row: Row, tick: Tick) -> None:
         cache, cached = self.prefixes.find(row.ids[:-1])
@@ -293,16 +328,47 @@ class Batch:
         )
         row.done = cached
         self.rows[row.uid] = row
-        tick.accepted.append((row, cached))
+        if not row.accepted:
+            row.accepted = True
+            tick.accepted.append((row, cached))
 
     def remove(self, row: Row, tick: Tick) -> None:
-        if self.rows.pop(row.uid, None) is None:
+        if row.uid == -1 and row in self.waiting:
+            self.waiting.remove(row)
+        elif self.rows.pop(row.uid, None) is None:
             return
-        for cache, tokens in self.generator.remove([row.uid], return_prompt_caches=True).values():
-            if row.done:
-                self.prefixes.store(tokens, cache)
+        else:
+            for cache, tokens in self.generator.remove([row.uid], return_prompt_caches=True).values():
+                if row.done:
+                    self.prefixes.store(tokens, cache)
         self.counters.finished += 1
         self.left += 1
+
+    # --- memory --------------------------------------------------------------------------------------------------------
+
+    def has_room(self, row: Row) -> bool:
+        """Whether a row can begin beside those that run; alone it always can. The prefix index gives way first."""
+        return self.fits(len(self.rows) + 1, max(row.length, self.longest)) or not self.rows
+
+    def mind_the_room(self) -> None:
+        """Put back the rows that came last while all together would take more than there is: they begin again when others have ended. One
+        always runs."""
+        while len(self.rows) > 1 and not self.fits(len(self.rows), self.longest):
+            last = self.rows.popitem()[1]
+            self.generator.remove([last.uid])
+            last.put_back()
+            self.waiting.appendleft(last)
+            log.info("a request waits for memory: %d tokens, beside %d others", last.length, len(self.rows))
+
+    @property
+    def longest(self) -> int:
+        return max((row.length for row in self.rows.values()), default=0)
+
+    def fits(self, count: int, longest: int) -> bool:
+        """So many rows, the longest of which gets its next token."""
+        needed = self.room.rows(count, longest + 1)
+        self.prefixes.shrink(max(0, self.room.bytes - needed))
+        return needed <= self.room.bytes
 
     def begin(self, texts: Texts, tick: Tick) -> None:
         assert self.embedder is not None
@@ -310,7 +376,7 @@ class Batch:
 
     def sing(self, tick: Tick) -> None:
         """The canary. With rows in the batch there is work that shows as much."""
-        if not (self.rows or self.texts):
+        if not self.busy:
             for _ in self.one_token():
                 pass
         self.counters.canaries += 1
@@ -349,6 +415,7 @@ class Batch:
                     self.prefixes.store(held, cache)
         for response in tokens:
             row = self.rows[response.uid]
+            row.emitted.append(response.token)
             odds = response.logprobs.read() if response.logprobs is not None else None
             tick.tokens.append((row, response.token, response.finish_reason, odds))
             if response.finish_reason:

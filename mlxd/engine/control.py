@@ -21,7 +21,7 @@ from mlxd.engine.batch import Batch, Ended, Opened, Tick
 from mlxd.engine.service import Service
 from mlxd.link import EX_SOFTWARE, ChildSettings, Link
 from mlxd.logs import words_of
-from mlxd.messages import Beat, Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Stop, SupervisorWord
+from mlxd.messages import Beat, Bye, Counters, Hello, Load, Loaded, Ready, Reopen, Share, Stop, SupervisorWord
 from mlxd.policy import PRODUCTIVE_TOKENS
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class Engine:
             self.model = word.model
             log.info("loading %s from %s", word.model, word.directory)
             self.batch.start(word, Path(self.settings.view))
+        elif isinstance(word, Share):
+            self.batch.limit(word.share_bytes)
         elif isinstance(word, Stop):
             await self.end("stopped", "", 0)
         elif isinstance(word, Reopen):

@@ -78,7 +78,13 @@ class PrefixIndex:
         mx.async_eval([c.state for c in cache])  # type: ignore[no-untyped-call]
         self.entries.append(new)
         self.bytes += new.nbytes
-        while self.bytes > self.max_bytes or len(self.entries) > MAX_ENTRIES:
+        self.shrink(self.max_bytes)
+        if len(self.entries) > MAX_ENTRIES:
+            self.drop(self.entries[0])
+
+    def shrink(self, most_bytes: float) -> None:
+        """Hold no more than that, now."""
+        while self.entries and self.bytes > most_bytes:
             self.drop(self.entries[0])
 
     def alike(self, tokens: Tokens) -> list[Entry]:

@@ -358,9 +358,22 @@ class Service:
             job.tell_pieces([], job.answer.finish(cut=True), [])
             self.finish(job, "length")
             return
+        ids = prompt.ids + submit.emitted
+        if len(ids) >= (most := self.batch.room.most_tokens):
+            self.fail(job, 507, self.lack(len(ids), most), "insufficient_memory")
+            return
         draw = Draw(submit.sampling, len(prompt.ids), job.constraint, submit.top_logprobs)
-        job.row = Row(job, prompt.ids + submit.emitted, draw, left)
+        job.row = Row(job, ids, draw, min(left, most - len(ids)))
         self.batch.admit(job.row)
+
+    def lack(self, tokens: int, most: int) -> str:
+        """Why so many tokens cannot be served, when memory has room for `most` of one request."""
+        room = self.batch.room
+        need, have = room.row(tokens + 1) / 1e9, room.bytes / 1e9
+        return (
+            f"{self.loaded.model} needs {need:.2f} GB for the {tokens} tokens of this request and has {have:.2f} GB: at most {most} tokens "
+            "fit; shorten it, unload other models, or raise engine.memory_limit"
+        )
 
     def deliver(self, tick: Tick) -> None:
         """What a step brought, to those who asked: one frame each."""

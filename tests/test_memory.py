@@ -1,0 +1,204 @@
+"""Which models are loaded at once: room in memory, whose turn it is, what is pinned. A server with fake engines; weights are holes in files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from fake_ollama import fake_ollama
+from server_client import Background, Supervised, make_model, said, supervised, until
+
+from mlxd.messages import Crowded, Release, Want
+
+MB = 10**6
+#: Room for two of the models of 400 MB that the tests have, and not for three.
+TWO = {"memory_limit": 1000 * MB}
+
+
+def weigh(directory: Path, size: int, config: dict[str, Any] | None = None) -> None:
+    """A model with weights of so many bytes, most of which no disk holds."""
+    make_model(directory, config)
+    header = json.dumps({"w": {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(directory / "model.safetensors", 8 + len(header) + size)
+
+
+@contextlib.contextmanager
+def serving(home: Path, sizes: dict[str, int], **settings: dict[str, Any]) -> Iterator[Supervised]:
+    for name, size in sizes.items():
+        weigh(home / "models" / name, size)
+    with supervised(home, (), **settings) as server:
+        yield server
+
+
+def ask(server: Supervised, model: str, text: str = "n=1", **more: Any) -> httpx.Response:
+    with server.client() as client:
+        return client.post("/api/chat", json={"model": model, "messages": said(text), "stream": False} | more)
+
+
+def asking(server: Supervised, model: str, text: str = "n=1") -> Background:
+    return Background(lambda: ask(server, model, text))
+
+
+def models(server: Supervised, kind: type) -> list[str]:
+    return [word.model.removesuffix(":latest") for word in server.words if isinstance(word, kind)]
+
+
+# --- the limit ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_idle_model_goes_when_memory_does_not_hold_all(home: Path) -> None:
+    with serving(home, dict.fromkeys("abc", 400 * MB), engine=TWO) as server:
+        for model in "abac":
+            assert ask(server, model).status_code == 200
+        assert models(server, Want) == ["a", "b", "c"]
+        assert models(server, Release) == ["b"]
+        story = [line for line in server.history if "released" in line or "Want(model='c" in line]
+        assert "released" in story[0], story  # the old one was gone before the new one was wanted
+
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    "/api/chat": {"messages": said("n=1")},
+    "/api/generate": {"prompt": ""},
+    "/v1/chat/completions": {"messages": said("n=1")},
+    "/v1/responses": {"input": "n=1"},
+    "/v1/messages": {"messages": said("n=1"), "max_tokens": 1},
+}
+
+
+def test_a_model_that_can_never_fit_is_a_507_that_says_what_would_in_each_dialect(home: Path) -> None:
+    shape = {"num_hidden_layers": 10, "num_attention_heads": 10, "head_dim": 100, "hidden_size": 1000}  # 40 kB a token
+    weigh(home / "models" / "long", 970 * MB, shape)
+    with serving(home, {"huge": 5000 * MB, "small": 1 * MB}, engine=TWO) as server, server.client() as client:
+        for path, fields in DIALECTS.items():
+            answer = client.post(path, json={"model": "huge"} | fields)
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (507, "false"), answer.text
+            told = answer.json()["error"]
+            text = told if isinstance(told, str) else told["message"]
+            assert "huge:latest cannot be loaded: it needs 5.0" in text
+            assert "engine.memory_limit leaves 1.00 GB" in text
+            assert "tokens of context would fit" not in text
+        told = ask(server, "long").json()["error"]
+        assert "0.08 GB for 2048 tokens of context" in told
+        assert " tokens of context would fit; " in told
+        assert models(server, Want) == []
+        assert ask(server, "small").status_code == 200
+
+
+def test_a_model_larger_than_what_is_available_is_a_507(home: Path) -> None:
+    size = psutil.virtual_memory().total * 2
+    with serving(home, {"huge": size}, engine={"memory_limit": size * 2}) as server:
+        answer = ask(server, "huge")
+        assert answer.status_code == 507
+        assert "GB are available; end other programs" in answer.json()["error"]
+
+
+def test_a_preload_that_does_not_fit_is_told_in_health_and_the_others_are_loaded(home: Path) -> None:
+    preload = {"preload": ["a", "b", "c"]}
+    with serving(home, dict.fromkeys("abc", 400 * MB), engine=TWO, models=preload) as server:
+        until("two are loaded", lambda: [e["state"] for e in server.health()["engines"]] == ["ready"] * 2, server.told)
+        told = server.health()
+        assert (told["status"], "c:latest cannot be loaded" in told["reason"]) == ("degraded", True)
+        assert ask(server, "c").status_code == 200  # a request may have what was only loaded beforehand go
+
+
+# --- pinned ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pinned_model_is_loaded_and_never_goes_for_another(home: Path) -> None:
+    sizes = dict.fromkeys("abc", 400 * MB) | {"large": 700 * MB}
+    with serving(home, sizes, engine=TWO, models={"pin": ["a"], "keep_alive": "1s"}) as server:
+        until("a is loaded", lambda: models(server, Want) == ["a"], server.told)
+        for model in "bcb":
+            assert ask(server, model).status_code == 200
+        told = ask(server, "large")
+        assert (told.status_code, "unload a:latest" in told.json()["error"]) == (507, True)
+        server.let_pass(3)
+        assert "a" not in models(server, Release)
+        assert ask(server, "a", keep_alive=0, messages=[]).status_code == 200  # who says so himself unloads it
+        until("a is gone", lambda: models(server, Release).count("a") == 1, server.told)
+        assert ask(server, "large").status_code == 200
+
+
+def test_with_as_many_pinned_as_may_be_loaded_another_is_refused(home: Path) -> None:
+    with supervised(home, ("a", "b"), models={"pin": ["a"], "max_cached": 1}) as server:
+        told = ask(server, "b")
+        assert told.status_code == 507
+        assert "models.max_cached (MLX_MAX_CACHED_MODELS) is 1; unload a:latest" in told.json()["error"]
+
+
+# --- turns -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_for_two_models_that_take_turns_are_grouped(home: Path) -> None:
+    with supervised(home, ("a", "b"), models={"max_cached": 1}) as server:
+        first = asking(server, "a", "n=40 delay=0.05")
+        until("a runs", lambda: server.health()["queue"]["running"] == 1, server.told)
+        others = [asking(server, model, "n=5") for model in "babababa"]
+        assert [call.result().status_code for call in [first, *others]] == [200] * 9
+        assert models(server, Want) == ["a", "b"]
+
+
+def test_a_model_that_is_always_busy_gives_another_its_turn(home: Path) -> None:
+    """Two clients never leave it idle; after a quarter of the longest wait it takes no more."""
+    settings: dict[str, Any] = {"models": {"max_cached": 1}, "server": {"queue_wait_s": 8.0}}
+    with supervised(home, ("a", "b"), **settings) as server:
+        done = threading.Event()
+        statuses: list[int] = []
+
+        def keep_busy() -> None:
+            while not done.is_set():
+                statuses.append(ask(server, "a", "n=10 delay=0.05").status_code)
+
+        clients = [Background(keep_busy) for _ in range(2)]
+        until("a runs", lambda: server.health()["queue"]["running"] >= 1, server.told)
+        answer = ask(server, "b")
+        done.set()
+        for client in clients:
+            client.result()
+        assert answer.status_code == 200, answer.text
+        assert set(statuses) == {200}
+        assert models(server, Want)[:2] == ["a", "b"]
+
+
+def test_an_engine_that_takes_too_much_memory_gets_no_more_requests_and_ends_those_it_has(home: Path) -> None:
+    with supervised(home) as server:
+        running = asking(server, "tiny", "n=30 delay=0.05")
+        until("it runs", lambda: server.health()["queue"]["running"] == 1, server.told)
+        server.say(Crowded(1, "tiny:latest"))
+        late = asking(server, "tiny", "n=1")
+        until("it waits", lambda: server.health()["queue"] == {"running": 1, "waiting": 1}, server.told)
+        assert running.result().status_code == 200
+        assert server.health()["queue"] == {"running": 0, "waiting": 1}
+        server.engines[0].kill()  # its supervisor would, now that it is idle
+        assert late.result().status_code == 200
+        assert len(server.engines) == 2
+
+
+# --- Ollama ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_room", [False, True])
+def test_ollama_is_asked_to_unload_its_models_only_if_that_was_allowed(home: Path, make_room: bool) -> None:
+    size = psutil.virtual_memory().total * 2
+    with fake_ollama(names=()) as neighbour:
+        neighbour.loaded = ["theirs:latest"]
+        settings: dict[str, Any] = {"ollama": {"url": neighbour.url, "make_room": make_room}}
+        with serving(home, {"huge": size}, engine={"memory_limit": size * 2}, **settings) as server:
+            call = asking(server, "huge")
+            if make_room:
+                until("Ollama is asked", lambda: any("generate" in asked.line for asked in neighbour.seen))
+            else:
+                assert call.result().status_code == 507
+        asked = [json.loads(asked.body) for asked in neighbour.seen if "generate" in asked.line]
+        assert asked == ([{"model": "theirs:latest", "keep_alive": 0}] if make_room else [])
+        call.thread.join()
