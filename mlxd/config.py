@@ -82,7 +82,7 @@ class Engine(Section, frozen=True):
     command: list[str] | None = None
     prefill_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512
     text_s: Seconds = 2.0
-    cache_bytes: Annotated[int, Meta(ge=0)] = 0  # 0: half of the model's weights
+    cache_bytes: Annotated[int, Meta(ge=0)] = 0  # 0: half of the weights, or one whole context
     memory_limit: Annotated[int, Meta(ge=0)] = 0  # bytes for all engines; 0: 75 % of RAM
 
 

@@ -34,14 +34,16 @@ NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U32": 32, "U8": 8, "BOOL": 8}
 
 
+#: Of the files that a model is made of; another one beside them makes it no other model.
+PARTS = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
 #: A model's directory may tell its license, in one of these.
 LICENSES = ("license", "license.txt", "license.md")
 MAX_LICENSE_BYTES = 64 * 1024
 
 
 class Model(Struct, frozen=True):
-    """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits
-    over names, sizes and times of its files. `parameters`: how many, 0 when its files do not say. `thinks`, `calls` functions, `inserts`
+    """A model that can be loaded. `name` is canonical: with its tag. `modified_at`: seconds since 1970. `digest`: 64 hex digits,
+    see `digest`. `parameters`: how many, 0 when its files do not say. `thinks`, `calls` functions, `inserts`
     text before other text: what it can do; `embeds`: it does nothing else. `kv_bytes` of a token of context, `step_bytes` of a step: as far
     as its config tells. `alias`, `base`: under a name that is not its own, that and the model itself."""
 
@@ -332,12 +334,11 @@ def read_model(name: str, directory: Path) -> Model:
     text = nested if isinstance(nested, dict) else config
     tokenizer = settings.get("tokenizer_config.json", {})
     vocabulary = abilities.read_vocabulary(directory, tokenizer)
-    identity = [(path.name, found.st_size, found.st_mtime_ns) for path, found in zip(files, stats, strict=True)]
     return Model(
         name=name,
         directory=directory.absolute(),
         size_bytes=sum(found.st_size for path, found in zip(files, stats, strict=True) if path.suffix == ".safetensors"),
-        digest=hashlib.sha256(repr(identity).encode()).hexdigest(),
+        digest=digest(directory, files),
         modified_at=max(found.st_mtime for found in stats),
         family=str(config.get("model_type") or "unknown"),
         parameters=count_parameters(tensors, quantized_bits(config)),
@@ -351,6 +352,14 @@ def read_model(name: str, directory: Path) -> Model:
         kv_bytes=0 if config.get("model_type") in ENCODERS else estimate.kv_bytes_per_token(config),
         step_bytes=estimate.prefill_bytes(config, estimate.USUAL_STEP),
     )
+
+
+def digest(directory: Path, files: list[Path]) -> str:
+    """64 hex digits: of the revision in the hub's cache, elsewhere of names, sizes and times of the files that make it. Raises OSError."""
+    if directory.parent.name == "snapshots":
+        return hashlib.sha256(f"{directory.parent.parent.name}@{directory.name}".encode()).hexdigest()
+    stats = [(path.name, path.stat()) for path in files if path.suffix in PARTS]
+    return hashlib.sha256(repr([(name, found.st_size, found.st_mtime_ns) for name, found in stats]).encode()).hexdigest()
 
 
 def chat_template(directory: Path) -> str:

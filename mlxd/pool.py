@@ -443,7 +443,7 @@ class Pool:
             for other in self.present
             if not other.pinned and (other.idle or ((engine.served or self.turn_is_over) and not other.served))
         ]
-        return min(going, key=lambda other: (not other.idle, other.preloaded, other.used_at), default=None)
+        return min(going, key=going_first, default=None)
 
     @property
     def turn_is_over(self) -> bool:
@@ -531,7 +531,8 @@ class Pool:
         self.left.set()
 
     def sweep(self) -> None:
-        """Once a second: release what nobody has used for its keep_alive; say which engines keep silent about their jobs."""
+        """Once a second: release what nobody has used for its keep_alive, and what is too many since a setting has changed; say which engines
+        keep silent about their jobs."""
         paused = now() > self.swept_at + 1.0 + PAUSE_S
         self.swept_at = now()
         for engine in self.present:
@@ -545,6 +546,11 @@ class Pool:
             elif now() - connection.heard_at > self.config.health.silent_s:
                 connection.heard_at = math.inf
                 self.say(Stalled(engine.up.id))
+        most = self.config.models.max_cached
+        staying = [engine for engine in self.present if engine.state != "releasing"]
+        going = sorted((engine for engine in staying if engine.idle and not engine.pinned), key=going_first)
+        for engine in going[: len(staying) - most] if 0 < most < len(staying) else []:
+            self.release(engine)
 
     # --- what the supervisor says ---------------------------------------------------------------------------------------------
 
@@ -625,6 +631,11 @@ class Pool:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def going_first(engine: Engine) -> tuple[bool, bool, float]:
+    """The order in which engines make room."""
+    return not engine.idle, engine.preloaded, engine.used_at
 
 
 def free_bytes(loading: list[Engine]) -> int:

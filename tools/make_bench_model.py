@@ -2,6 +2,7 @@
 
     python tools/make_bench_model.py OUT --size small     # 0.25 M parameters: the server's own cost shows
     python tools/make_bench_model.py OUT --size medium    # 20 M parameters: the model's cost shows
+    python tools/make_bench_model.py OUT --size large     # 50 M parameters, 200 MB: its memory shows
 
 A Llama in float32 with a byte-level BPE tokenizer trained here on made-up words; the same seed gives the same files.
 
@@ -39,6 +40,14 @@ SIZES: dict[str, dict[str, int]] = {
         "intermediate_size": 1024,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
+    },
+    "large": {
+        "vocab_size": 4096,
+        "hidden_size": 768,
+        "num_hidden_layers": 6,
+        "intermediate_size": 2048,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
     },
 }
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -208,6 +208,7 @@ class Batch:
             opened = self.open(load, view)
             with mx.stream(self.generator.stream if self.generator else mx.default_device()):
                 self.warm_up(opened.tokenizer)
+                self.prefixes.max_bytes = int(self.prefix_bytes(opened.context_length) * load.tuning.cache_share)
                 self.post(opened)
                 while True:
                     self.turn()
@@ -255,8 +256,6 @@ class Batch:
             return opened
         opened.grammars = Grammars(tokenizer)
         most = tuning.max_concurrent or self.config.server.max_concurrent
-        prefix_bytes = self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2)
-        self.prefixes.max_bytes = int(prefix_bytes * tuning.cache_share)
         self.room.taken = blank_bytes + self.counters.loaded + estimate.prefill_bytes(config, self.prefill_tokens)
         self.generator = generate.BatchGenerator(
             model,
@@ -343,6 +342,12 @@ class Batch:
                     self.prefixes.store(tokens, cache)
         self.counters.finished += 1
         self.left += 1
+
+    def prefix_bytes(self, context_length: int) -> float:
+        """What prompts that have been may take: half of the weights, or one prompt as long as the context, if that is more and no more than an
+        eighth of our share."""
+        whole = min(self.room.row(context_length), self.room.share / 8)
+        return self.config.engine.cache_bytes or max(LEAST_PREFIX_BYTES, self.counters.loaded // 2, whole)
 
     # --- memory --------------------------------------------------------------------------------------------------------
 
