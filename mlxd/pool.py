@@ -47,7 +47,7 @@ RECONNECT_S = 0.25
 MOST_UNREAD = 8192
 #: Available memory that is left to others: a twentieth of the machine's, a gigabyte at most.
 RESERVE_SHARE, MOST_RESERVE = 20, 2**30
-#: Memory that Ollama was asked to give up has so long to come back, and is looked for so often.
+#: The memory of a process that has ended has so long to come back, and so has what Ollama was asked to give up; it is looked for so often.
 GIVEN_BACK_S, LOOK_S = 10.0, 0.25
 #: The code of the Refused that says that a model cannot be loaded just now, but will be tried again.
 RETRIED = "retried"
@@ -261,6 +261,7 @@ class Pool:
         self.engines: dict[str, Engine] = {}
         self.making_room = asyncio.Lock()
         self.turn_at = math.inf  # from when on nobody new goes before the one that room is being made for
+        self.gone_at = -math.inf  # when some process last gave its memory back, or was asked to
         self.changed = asyncio.Event()  # some engine's state
         self.left = asyncio.Event()  # somebody left an engine, or it has gone
         self.swept_at = math.inf
@@ -408,31 +409,41 @@ class Pool:
 
     async def load(self, engine: Engine) -> None:
         """Make room for the engine, then want it. Raises Refused: 507 when there will be none, 503 when none of the others becomes idle in
-        `queue_wait_s`. Where a request has a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them.
-        So do, after a quarter of that time, those whose new requests have stood aside: each model has its turn."""
-        wait_s = self.config.server.queue_wait_s
+        `queue_wait_s`."""
         try:
-            async with asyncio.timeout(wait_s), self.making_room:
-                self.turn_at = now() + wait_s / 4
-                asked = False
-                while engine.state == "absent" and (why := self.lack(engine)):
-                    if not self.could_fit(engine):
-                        if asked:
-                            raise self.no_memory(engine, why)
-                        asked = True
-                        await self.make_room_next_door(engine)
-                    elif any(other.state == "releasing" for other in self.present):
-                        await self.changed.wait()
-                    elif going := self.next_to_go(engine):
-                        self.release(going)
-                    else:
-                        self.left.clear()
-                        await self.left.wait()
+            async with asyncio.timeout(self.config.server.queue_wait_s), self.making_room:
+                await self.make_room(engine)
                 if engine.state == "absent":
                     self.want(engine)
         except TimeoutError:
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
+
+    async def make_room(self, engine: Engine) -> None:
+        """Where a request has a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them. So do, after
+        a quarter of `queue_wait_s`, those whose new requests have stood aside: each model has its turn. Raises Refused."""
+        self.turn_at = now() + self.config.server.queue_wait_s / 4
+        turn = asyncio.get_running_loop().call_at(self.turn_at, self.left.set)
+        asked = False
+        try:
+            while engine.state == "absent" and (why := self.lack(engine)):
+                if not self.could_fit(engine):
+                    if now() < self.gone_at + GIVEN_BACK_S:
+                        await asyncio.sleep(LOOK_S)
+                    elif asked or self.ask_neighbour is None:
+                        raise self.no_memory(engine, why)
+                    else:
+                        asked = True
+                        if await self.ask_neighbour():
+                            self.gone_at = now()
+                elif any(other.state == "releasing" for other in self.present):
+                    await self.changed.wait()
+                elif going := self.next_to_go(engine):
+                    self.release(going)
+                else:
+                    self.left.clear()
+                    await self.left.wait()
         finally:
+            turn.cancel()
             self.turn_at = math.inf
             self.turn(engine, engine.state)  # no room is being made any more
 
@@ -453,15 +464,6 @@ class Pool:
     def stands_aside(self, engine: Engine) -> bool:
         """Whether a new request for this engine waits, although it is ready."""
         return engine.crowded or (self.turn_is_over and not engine.pinned)
-
-    async def make_room_next_door(self, engine: Engine) -> None:
-        """Ask Ollama for its memory, and see whether it comes back."""
-        if self.ask_neighbour is None or not await self.ask_neighbour():
-            return
-        for _ in range(round(GIVEN_BACK_S / LOOK_S)):
-            if self.could_fit(engine):
-                return
-            await asyncio.sleep(LOOK_S)
 
     async def retire(self, name: str) -> None:
         """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `queue_wait_s`."""
@@ -510,8 +512,12 @@ class Pool:
         pinned = [other for other in self.present if other.pinned and other is not engine]
         room = min(self.limit(pinned), free_bytes(pinned)) - model.needed_bytes + model.least_context * model.kv_bytes
         fits = f"; {room // model.kv_bytes} tokens of context would fit" if model.kv_bytes and room >= model.kv_bytes else ""
-        unload = ", ".join(other.model.name for other in pinned)
-        remedy = f"unload {unload}" if unload else "end other programs, or use a smaller model or one with fewer bits"
+        remedies = [f"unload {other.model.name}" for other in pinned]
+        if self.limit(pinned) < min(model.needed_bytes, free_bytes(pinned)):
+            remedies.append(f"raise engine.memory_limit ({said(shares.limit(self.config.engine.memory_limit))} for all engines)")
+        remedy = ", ".join([*remedies, "use a smaller model or one of fewer bits"])
+        if not remedies:
+            remedy = f"end other programs, or {remedy}"
         return Refused(507, f"{model.name} cannot be loaded: {why}{fits}; {remedy}", code="insufficient_memory", hopeless=True)
 
     def want(self, engine: Engine, automatic: bool = False) -> None:
@@ -586,6 +592,7 @@ class Pool:
         if engine is None:
             return
         self.disconnect(engine)
+        self.gone_at = now()
         engine.crowded = False
         if engine.latest is not None and engine.latest.cause is None:
             engine.latest.cause = down.cause

@@ -913,7 +913,7 @@ class Supervisor:
             one.link.send(messages.Share(share_bytes))
         one.crowded_looks = one.crowded_looks + 1 if one.memory_bytes > shares.HARD * share_bytes else 0
         crowding = shares.crowding(one.memory_bytes, one.ready_bytes, share_bytes, one.crowded_looks)
-        if crowding is shares.Crowding.FINE:
+        if crowding is shares.Crowding.FINE and one.crowded_at is None:
             return
         if one.crowded_at is None:
             one.crowded_at = now

@@ -85,7 +85,7 @@ def test_a_model_that_can_never_fit_is_a_507_that_says_what_would_in_each_dialec
             told = answer.json()["error"]
             text = told if isinstance(told, str) else told["message"]
             assert "huge:latest cannot be loaded: it needs 5.0" in text
-            assert "engine.memory_limit leaves 1.00 GB" in text
+            assert "engine.memory_limit leaves 1.00 GB; raise engine.memory_limit (1.00 GB for all engines), use a smaller" in text
             assert "tokens of context would fit" not in text
         told = ask(server, "long").json()["error"]
         assert "0.08 GB for 2048 tokens of context" in told
@@ -99,7 +99,7 @@ def test_a_model_larger_than_what_is_available_is_a_507(home: Path) -> None:
     with serving(home, {"huge": size}, engine={"memory_limit": size * 2}) as server:
         answer = ask(server, "huge")
         assert answer.status_code == 507
-        assert "GB are available; end other programs" in answer.json()["error"]
+        assert "GB are available; end other programs, or use a smaller model" in answer.json()["error"]
 
 
 def test_a_preload_that_does_not_fit_is_told_in_health_and_the_others_are_loaded(home: Path) -> None:
