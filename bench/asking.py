@@ -19,7 +19,7 @@ OUTCOMES = ("answered", "failed", "refused", "left")
 @dataclass(frozen=True)
 class Question:
     """What is asked and how. `dialect`: ollama (/api/chat), generate (/api/generate) or openai. `seed` counts at temperatures above 0;
-    `tokens` None: as long as the model likes. `keep_alive`: seconds, of Ollama's dialect."""
+    `tokens` None: as long as the model likes."""
 
     text: str
     dialect: str = "ollama"
@@ -28,7 +28,6 @@ class Question:
     seed: int = 0
     tokens: int | None = None
     model: str = "mlxd-tiny"
-    keep_alive: float | None = None
 
     @property
     def saying(self) -> tuple[Any, ...]:
@@ -49,7 +48,7 @@ class Question:
             path, asked = (
                 ("/api/chat", {"messages": messages}) if self.dialect == "ollama" else ("/api/generate", {"prompt": self.text})
             )
-            body |= asked | ({} if self.keep_alive is None else {"keep_alive": self.keep_alive})
+            body |= asked
         return path, json.dumps(body).encode()
 
 

@@ -23,6 +23,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "tools")]
 
 from make_bench_model import make  # noqa: E402
 
+from mlxd import probe  # noqa: E402
+
 MOST_GAINED_MB = 2.0
 PATIENCE_S = 60.0
 
@@ -36,8 +38,8 @@ def unload(one: Daemon, port: int) -> None:
     """Raises SystemExit when its process lives on."""
     pid = one.engine()
     assert pid is not None
-    ended = ask(port, Question("", dialect="generate", model="large", stream=False, tokens=0, keep_alive=0))
-    assert ended.outcome == "answered", ended.why
+    told = probe.fetch(f"http://127.0.0.1:{port}/api/generate", PATIENCE_S, b'{"model": "large", "keep_alive": 0}')
+    assert told.json["done_reason"] == "unload", told
     deadline = time.monotonic() + PATIENCE_S
     while psutil.pid_exists(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
