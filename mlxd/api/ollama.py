@@ -95,7 +95,7 @@ class Tool(Struct):
     function: Function
 
 
-class Common(Struct):
+class Common(fields.Body):
     """What generate and chat share. The context never slides, whatever `shift`: an answer that reaches its end is cut."""
 
     model: str | None = None
