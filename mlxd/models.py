@@ -183,6 +183,15 @@ class Catalogue:
             return Place(self.found[key].name, self.found[key].directory)
         return self.broken[key][0] if key in self.broken else None
 
+    def doomed(self, name: str) -> Place | None:
+        """Where the model lies that is to be deleted; None: it was an alias, and is none any more. Raises Refused, of the built-in one, too."""
+        place = self.place(name)
+        if place is None and not self.aliases.remove(canonical(name).lower()):
+            raise unknown(name)
+        if place is not None and place.name == BUILTIN:
+            raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
+        return place
+
     def delete(self, place: Place) -> None:
         """Its files, for good. Raises Refused."""
         try:
