@@ -53,7 +53,7 @@ class Commands(click.Group):
         if name not in FILES:
             return None
         module = importlib.import_module(f"{__name__}.{FILES[name]}")
-        command: click.Command = getattr(module, {"list": "list_"}.get(name, name))
+        command: click.Command = getattr(module, {"list": "list_"}.get(name, name))  # `list` is Python's own
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
