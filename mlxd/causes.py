@@ -72,6 +72,12 @@ IMPORT = Cause("import", "could not import a library", "install mlxd again")
 SEGFAULT = Cause("segfault", "crashed (segmentation fault)", "report it with the exit record")
 ABORTED = Cause("aborted", "aborted", "report it with the exit record")
 ERROR = Cause("error", "ended with an error", "read its log")
+BLAS = Cause(
+    "blas",
+    "died before it was ready, with the library that engine.blas names",
+    "set engine.blas to stock, or to another library",
+    faultless=True,
+)
 SIGNAL = Cause("signal", "was ended by a signal", "find out who sent it")
 KILLED = Cause("killed", "was killed from outside", faultless=True, outside=True)
 TERMINATED = Cause("terminated", "was terminated from outside", faultless=True, outside=True)
@@ -147,7 +153,8 @@ class End:
     """All that is known of how a process ended.
 
     `signal`, `code`: as waitpid tells; both None when it never began. `suspicion`: for what mlxd ended it. `intended`: mlxd wanted it gone.
-    `starved`: it was killed while memory was short. `words`: what it wrote to its log.
+    `starved`: it was killed while memory was short. `words`: what it wrote to its log. `untried`: an engine that never was ready, and into
+    which a BLAS of the user's choice was preloaded.
     """
 
     signal: int | None = None
@@ -157,10 +164,21 @@ class End:
     bye: Bye | None = None
     starved: bool = False
     words: str = ""
+    untried: bool = False
+
+
+#: The ends that a library may be behind that does not fit, or that breaks at the first matrix product.
+OF_LIBRARY = (SEGFAULT, ABORTED, SIGNAL, ERROR, IMPORT, EXITED, NO_HELLO)
 
 
 def judge(end: End) -> tuple[Cause, str]:
     """The cause, and the line of `words` that gave it away, "" when none did."""
+    cause, line = evident(end)
+    return (BLAS, line) if end.untried and end.bye is None and cause in OF_LIBRARY else (cause, line)
+
+
+def evident(end: End) -> tuple[Cause, str]:
+    """The same by what there is to see, whatever was preloaded."""
     if end.signal is None and end.code is None:
         return SPAWN, ""
     if end.suspicion:

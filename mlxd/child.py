@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from mlxd import causes
+from mlxd import blas, causes
 from mlxd.config import Config
 from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
@@ -53,7 +53,7 @@ FLOOD_S, FLOOD_LIMITS = 10.0, 4
 #: What a child may know of our environment: no tokens, no keys.
 ENVIRONMENT = frozenset(
     {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "HF_HOME", "HF_HUB_CACHE"}
-    | {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH"}
+    | {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}
     | {"CUDA_VISIBLE_DEVICES"}
 )
 ENVIRONMENT_PREFIXES = ("LC_", "XDG_", "MLX_METAL_", "OMP_", "OPENBLAS_", "VECLIB_", "MLXD_FAKE_")
@@ -94,6 +94,7 @@ class Child:
 
     pid: int | None = None
     alive: bool = False  # spawned and not reaped: its number cannot be anybody else's
+    blas: str = ""  # the library that was preloaded into it
     version: str = ""  # of mlxd, as it said with its hello
     link: Link | None = None
     identity: float = 0.0
@@ -149,6 +150,9 @@ class Child:
         ours.setblocking(False)
         settings.link_fd = theirs.fileno()
         environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
+        self.blas = blas.library(settings.config.engine.blas) if self.kind == "engine" else ""
+        if self.blas:
+            environment["LD_PRELOAD"] = self.blas
         try:
             process = subprocess.Popen(
                 argv,
@@ -261,7 +265,9 @@ class Child:
         memory = psutil.virtual_memory()
         starved = number == signal.SIGKILL and (memory.available < LOW_MEMORY * memory.total or oom_kills() > self.oom_kills)
         intended = self.ordered or not self.wanted
-        cause, line = causes.judge(causes.End(number, code, self.suspicion, intended, self.bye, starved, words))
+        cause, line = causes.judge(
+            causes.End(number, code, self.suspicion, intended, self.bye, starved, words, bool(self.blas) and self.ready_at is None)
+        )
         death = Death(
             wanted=self.wanted,
             ordered=self.ordered or cause is causes.DEADLINE,

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from mlxd import paths
+from mlxd import blas, paths
 from mlxd.endpoint import OLLAMA, base_url, checked_url
 from mlxd.errors import ConfigError
 
@@ -76,10 +76,11 @@ class Models(Section, frozen=True):
 
 
 class Engine(Section, frozen=True):
-    """`command`: None for mlxd's own engine. `prefill_tokens`: prompt tokens per step over all rows together (8 rows x 512, mlx-lm's
-    way, stall every stream for 2-7 s). `text_s`: template and tokenising of one request."""
+    """`command`: None for mlxd's own engine. `blas`: stock, auto or a library's path. `prefill_tokens`: prompt tokens per step over all
+    rows together (8 rows x 512, mlx-lm's way, stall every stream for 2-7 s). `text_s`: template and tokenising of one request."""
 
     command: list[str] | None = None
+    blas: str = blas.STOCK
     prefill_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512
     text_s: Seconds = 2.0
     cache_bytes: Annotated[int, Meta(ge=0)] = 0  # 0: half of the weights, or one whole context
@@ -300,6 +301,7 @@ def load(
     settings = build(tree, sources)
     check_host(settings.server.host, sources.get("server.host", ""))
     check_command(settings.events.on_event, sources.get("events.on_event", ""))
+    blas.check(settings.engine.blas, sources.get("engine.blas", ""))
     base_url(settings.ollama.url, sources.get("ollama.url", ""))
     return Loaded(settings, sources)
 

@@ -6,6 +6,7 @@ Reads names, sizes and JSON headers; never a weight, and no library of models ev
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
@@ -24,18 +25,27 @@ from mlxd import abilities, estimate
 from mlxd.aliases import Alias, Aliases, Parameters
 from mlxd.errors import Refused
 from mlxd.messages import Sampling
-from mlxd.modelfiles import ENCODERS, Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.modelfiles import (
+    DTYPE_BITS,
+    ENCODERS,
+    FOREIGN,
+    Broken,
+    check_format,
+    check_settings,
+    check_tokenizer,
+    read_json,
+    read_weights,
+)
+
+log = logging.getLogger(__name__)
 
 BUILTIN = "mlxd-tiny:latest"
-#: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
-PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+#: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters, and do not end with a dot.
+PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,78}[A-Za-z0-9_-])?"
 NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
-#: Bits of the dtypes that safetensors knows, of those models come in.
-DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U32": 32, "U8": 8, "BOOL": 8}
-
-
 #: Of the files that a model is made of; another one beside them makes it no other model.
 PARTS = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
+MOST_NAME = 256
 #: A model's directory may tell its license, in one of these.
 LICENSES = ("license", "license.txt", "license.md")
 MAX_LICENSE_BYTES = 64 * 1024
@@ -111,9 +121,13 @@ def canonical(name: str) -> str:
     """The name with its tag, as written. Raises Refused on one that cannot be a name."""
     if not name.strip():
         raise Refused(400, "model is required")
-    if not NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise Refused(400, "invalid model name")
     return name if ":" in name.rpartition("/")[2] else name + ":latest"
+
+
+def is_name(name: str) -> bool:
+    return len(name) <= MOST_NAME and ".." not in name and NAME.fullmatch(name) is not None
 
 
 class Place(NamedTuple):
@@ -137,6 +151,7 @@ class Catalogue:
         self.found: dict[str, Model] = {}
         self.broken: dict[str, tuple[Place, str]] = {}
         self.seen: dict[Path, tuple[object, Model | str]] = {}
+        self.left_out: set[Path] = set()
         self.lock = threading.Lock()
 
     def known(self, name: str) -> Model | None:
@@ -182,6 +197,15 @@ class Catalogue:
             return Place(self.found[key].name, self.found[key].directory)
         return self.broken[key][0] if key in self.broken else None
 
+    def doomed(self, name: str) -> Place | None:
+        """Where the model lies that is to be deleted; None: it was an alias, and is none any more. Raises Refused, of the built-in one, too."""
+        place = self.place(name)
+        if place is None and not self.aliases.remove(canonical(name).lower()):
+            raise unknown(name)
+        if place is not None and place.name == BUILTIN:
+            raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
+        return place
+
     def delete(self, place: Place) -> None:
         """Its files, for good. Raises Refused."""
         try:
@@ -200,7 +224,12 @@ class Catalogue:
             seen: dict[Path, tuple[object, Model | str]] = {}
             for name, directory in candidates(self.root, self.hub):
                 key = name.lower()
-                if key in found or not NAME.fullmatch(name):
+                if not is_name(name):
+                    self.leave_out(directory, "its name cannot be that of a model")
+                    continue
+                if key in found:
+                    if found[key].name != name:
+                        self.leave_out(directory, f"its name is that of {found[key].directory} but for capitals")
                     continue
                 now = stamp(directory)
                 then = self.seen.get(directory)
@@ -217,6 +246,12 @@ class Catalogue:
             if alias.base.lower() in found and key not in found and key not in broken
         ]
         return sorted([*found.values(), *named], key=lambda model: -model.modified_at)
+
+    def leave_out(self, directory: Path, why: str) -> None:
+        """Said once."""
+        if directory not in self.left_out:
+            self.left_out.add(directory)
+            log.warning("%s is not served: %s; rename it", directory, why)
 
 
 def unknown(name: str) -> Refused:
@@ -258,13 +293,13 @@ def candidates(root: Path, hub: Path) -> Iterator[tuple[str, Path]]:
     for directory in subdirectories(root):
         if looks_like_model(directory):
             yield tagged(directory.name), directory
-        else:
-            for nested in subdirectories(directory):
-                if looks_like_model(nested):
-                    yield tagged(f"{directory.name}/{nested.name}"), nested
+        elif inside := [nested for nested in subdirectories(directory) if looks_like_model(nested, FOREIGN)]:
+            yield from ((tagged(f"{directory.name}/{nested.name}"), nested) for nested in inside)
+        elif looks_like_model(directory, FOREIGN):
+            yield tagged(directory.name), directory
     for repository in subdirectories(hub):
         kind, _, name = repository.name.partition("--")
-        if kind == "models" and (snapshot := current_snapshot(repository)) and looks_like_model(snapshot):
+        if kind == "models" and (snapshot := current_snapshot(repository)) and looks_like_model(snapshot, FOREIGN):
             yield tagged(name.replace("--", "/", 1)), snapshot
 
 
@@ -281,10 +316,10 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def looks_like_model(directory: Path) -> bool:
-    """Something of a model is here: what is missing is said when it is asked for."""
+def looks_like_model(directory: Path, foreign: tuple[str, ...] = ()) -> bool:
+    """Something of a model is here, or of one in a `foreign` format: what is missing or wrong is said when it is asked for."""
     try:
-        return any(path.name == "config.json" or path.suffix == ".safetensors" for path in directory.iterdir())
+        return any(path.name == "config.json" or path.name.endswith((".safetensors", *foreign)) for path in directory.iterdir())
     except OSError:
         return False
 
@@ -320,13 +355,12 @@ def examine(name: str, directory: Path) -> Model | str:
 
 def read_model(name: str, directory: Path) -> Model:
     """Raises Broken with the file that is missing or wrong, OSError."""
-    config = read_json(directory / "config.json")
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    names = {path.name for path in files}
+    names = [path.name for path in files]
+    check_format(names)
+    config = read_json(directory / "config.json")
+    check_settings(directory, names)
     settings = {name: read_json(directory / name) for name in ("tokenizer_config.json", "generation_config.json") if name in names}
-    refuse_code("config.json", config)
-    for file, found in settings.items():
-        refuse_code(file, found)
     tensors = read_weights(directory, names)
     check_tokenizer(names)
     stats = [path.stat() for path in files]
@@ -379,7 +413,7 @@ def license_text(directory: Path) -> str:
 
 def read_tensors(directory: Path) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape by name. Raises Broken, OSError."""
-    return read_weights(directory, {path.name for path in directory.iterdir()})
+    return read_weights(directory, [path.name for path in directory.iterdir()])
 
 
 def whole(value: object) -> int:
@@ -410,5 +444,5 @@ def quantization(tensors: Mapping[str, tuple[str, list[int]]], bits: int) -> str
         return f"{bits}bit"
     held: dict[str, int] = {}
     for dtype, shape in tensors.values():
-        held[dtype] = held.get(dtype, 0) + math.prod(shape) * DTYPE_BITS.get(dtype, 8)
+        held[dtype] = held.get(dtype, 0) + math.prod(shape) * DTYPE_BITS[dtype]
     return max(held, key=held.__getitem__, default="unknown")

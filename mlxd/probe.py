@@ -1,4 +1,4 @@
-"""One question over HTTP from outside: one deadline for all of it, at most 64 KiB of the answer, no redirect followed, no proxy asked.
+"""One question over HTTP from outside: one deadline for all of it, a bounded answer, no redirect followed, no proxy asked.
 
 Standard library only, and little of that: `mlxd status` and programs that import `mlxd.endpoint` pay for it. Knows nobody's answers.
 """
@@ -66,8 +66,10 @@ class NoReply(Exception):
         self.how = how
 
 
-def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
-    """GET, or POST of a JSON `body`. Raises NoReply."""
+def fetch(
+    url: str, limit_s: float, body: bytes | None = None, *, method: str = "", token: str = "", most_bytes: int = BODY_BYTES
+) -> Reply:
+    """GET, or POST of a JSON `body`, unless `method` is another. `most_bytes`: of the answer's body. Raises NoReply."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     start = time.monotonic()
@@ -79,7 +81,10 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
         raise NoReply("down", getattr(error, "strerror", None) or str(error)) from error
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     # HTTP/1.0: the answer has no chunks and ends with the connection.
-    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.0\r\nHost: {parts.netloc}\r\nAccept: */*\r\nConnection: close\r\n"
+    method = method or ("GET" if body is None else "POST")
+    head = f"{method} {path} HTTP/1.0\r\nHost: {parts.netloc}\r\nAccept: */*\r\nConnection: close\r\n"
+    if token:
+        head += f"Authorization: Bearer {token}\r\n"
     if body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     try:
@@ -88,14 +93,14 @@ def fetch(url: str, limit_s: float, body: bytes | None = None) -> Reply:
 
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
         sock.sendall(head.encode() + b"\r\n" + (body or b""))
-        data = receive(sock, start + limit_s)
+        data = receive(sock, start + limit_s, HEAD_BYTES + most_bytes)
     except TimeoutError as error:
         raise NoReply("hung", f"it accepts connections and has not answered within {limit_s:g} s") from error
     except OSError as error:
         raise NoReply("garbled", f"it broke the connection: {error.strerror or error}") from error
     finally:
         sock.close()
-    return parse(data, time.monotonic() - start)
+    return parse(data, time.monotonic() - start, most_bytes)
 
 
 def is_local(url: str) -> bool:
@@ -107,11 +112,11 @@ def port_of(url: str) -> int:
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def receive(sock: socket.socket, end: float) -> bytes:
+def receive(sock: socket.socket, end: float, most_bytes: int) -> bytes:
     """Everything, or as much as anybody reads. A server that drips bytes never trips a socket's own timeout, so there is one `end` for all
     of them. Raises TimeoutError."""
     data = b""
-    while len(data) < HEAD_BYTES + BODY_BYTES and not is_whole(data):
+    while len(data) < most_bytes and not is_whole(data):
         sock.settimeout(max(end - time.monotonic(), 0.001))
         more = sock.recv(65536)
         if not more:
@@ -132,11 +137,11 @@ def is_whole(data: bytes) -> bool:
     return False
 
 
-def parse(data: bytes, seconds: float) -> Reply:
+def parse(data: bytes, seconds: float, most_bytes: int) -> Reply:
     head, found, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split(" ", 2)
     if not found or not words[0].startswith("HTTP/1.") or len(words) < 2 or not re.fullmatch(r"\d{3}", words[1], re.ASCII):
         raise NoReply("garbled", "what it says is not HTTP" if data else "it closes the connection without an answer")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return Reply(int(words[1]), headers, body[:BODY_BYTES], seconds)
+    return Reply(int(words[1]), headers, body[:most_bytes], seconds)

@@ -50,6 +50,11 @@ class Tokens:
         return most
 
     @property
+    def strongest(self) -> str:
+        """One of those that may do the most."""
+        return max(self.secrets, key=lambda entry: entry[0])[1].decode("ascii")
+
+    @property
     def stamp(self) -> str:
         """Differs when the tokens do, and tells nothing of them."""
         return hashlib.sha256(b"\n".join(b"%d %b" % entry for entry in self.secrets)).hexdigest()

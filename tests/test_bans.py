@@ -1,4 +1,4 @@
-"""What may not be in the source (SEC-05, SEC-11, SEC-18): each has let somebody in elsewhere, and none is needed here."""
+"""What may not be in the source (SEC-05, SEC-11, SEC-16, SEC-18): each has let somebody in elsewhere, and none is needed here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mlxd import desk
 PACKAGE = Path(mlxd.__file__).parent
 TREES = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
 
-#: Bytes that become code or objects (vLLM CVE-2024-11041, SGLang CVE-2026-3059), and templates that do (llama-cpp-python CVE-2024-34359).
+#: Bytes that become code or objects (vLLM CVE-2024-11041, SGLang CVE-2026-3059), and templates that do (SEC-16, llama-cpp-python
+#: CVE-2024-34359): transformers renders them, in its sandbox, and nobody here makes an Environment or a Template of Jinja's own.
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "multiprocessing", "yaml", "torch", "jinja2"}
 BUILTINS = {"eval", "exec", "compile", "__import__", "execfile"}
 ATTRIBUTES = {"recv_pyobj", "send_pyobj", "allow_pickle", "trust_remote_code"}

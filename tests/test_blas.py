@@ -1,12 +1,14 @@
 """Engines die under streams, on MLX's stock BLAS and on OpenBLAS, where near ties flip: what holds on any BLAS holds on both.
 
-No token twice, none missing, nothing contradicted that was sent, counted truthfully. On the stock build also: the very bytes.
+No token twice, none missing, nothing contradicted that was sent, counted truthfully. On the stock build also: the very bytes. And the setting
+`engine.blas`: what is preloaded into engines, and into nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +20,11 @@ from known_answers import LONG, RANDOM
 from tokenizers import Tokenizer
 
 import mlxd
+from mlxd import config
+from mlxd.blas import AUTO, library
+from mlxd.errors import ConfigError
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
-#: Debian and Ubuntu: the package libopenblas0-pthread.
-OPENBLAS = sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0"))
 COUNT = "Count from 1 to 100."
 TOKENIZER = Tokenizer.from_file(str(BUILTIN / "tokenizer.json"))
 KILLS = 2
@@ -32,16 +35,17 @@ def blas(request: pytest.FixtureRequest, daemon: Callable[..., Daemon], home: Pa
     """A ready daemon of real parts, and which BLAS its engines use."""
     settings = {}
     if request.param == "openblas":
-        if not OPENBLAS:
+        if not library(AUTO):
             pytest.skip("OpenBLAS is not installed (Debian: libopenblas0-pthread)")
-        settings = {"LD_PRELOAD": str(OPENBLAS[0]), "OPENBLAS_NUM_THREADS": "1"}
+        settings = {"MLXD_ENGINE_BLAS": AUTO, "OPENBLAS_NUM_THREADS": "1"}
     (home / "models").mkdir()
     settings |= {"MLX_MODELS_DIR": str(home / "models"), "MLX_PRELOAD_MODELS": "mlxd-tiny", "MLXD_SUPERVISOR_DEATHS": "1000"}
     d = daemon(server=None, engine=None, HF_HOME=str(home / "hub"), **settings)
     d.start()
     pid = d.ready()["engines"][0]["pid"]
-    if request.param == "openblas" and Path("/proc/self/maps").exists():
-        assert str(OPENBLAS[0].resolve()) in Path(f"/proc/{pid}/maps").read_text()
+    if library(AUTO):
+        mapped = str(Path(library(AUTO)).resolve()) in Path(f"/proc/{pid}/maps").read_text()
+        assert mapped == (request.param == "openblas")
     return request.param, d
 
 
@@ -109,3 +113,68 @@ def test_streams_go_on_without_a_gap_or_a_repetition(blas: tuple[str, Daemon]) -
         assert TOKENIZER.decode(emitted) == answer.text
     if kind == "stock":
         assert [answer.text for answer in answers[len(surest) :]] == [answer.text for answer in undisturbed]
+
+
+# --- the setting -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def harmless() -> str:
+    """A library that every process has anyway."""
+    if sys.platform != "linux":
+        pytest.skip("libraries are preloaded on Linux alone")
+    return next(
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc.so.6" in line or "/libc-" in line
+    )
+
+
+def test_a_library_is_preloaded_into_engines_alone_and_one_that_they_die_of_leads_to_the_setting(
+    daemon: Callable[..., Daemon], home: Path, harmless: str
+) -> None:
+    dying = f"--exit-at-once 127 --first 1 {home}/count"
+    d = daemon(server="--want a:latest", engine=dying, MLXD_ENGINE_BLAS=harmless, LD_PRELOAD="/nowhere/of-the-shell.so")
+    d.start()
+    told = d.until("an engine that lives", lambda s: s["engines"][0]["state"] == "ready" and s["engines"][0]["restarts"])
+    (died,) = [record for record in d.exits() if record["child"] == "engine"]
+    assert (died["cause"], died["code"]) == ("blas", 127)
+    assert died["remedy"].endswith("the library that engine.blas names; set engine.blas to stock, or to another library")
+    assert f"it {died['remedy']}" in d.log()
+    assert preloaded(told["engines"][0]["pid"]) == [harmless]
+    assert preloaded(told["server"]["pid"]) == []
+
+
+def preloaded(pid: int) -> list[str]:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return [value for name, _, value in (variable.partition("=") for variable in variables) if name == "LD_PRELOAD"]
+
+
+def test_a_library_that_cannot_be_preloaded_is_refused_with_its_name(tmp_path: Path, harmless: str) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no library")
+    for setting, sentence in {
+        "/nowhere/libopenblas.so.0": "cannot read /nowhere/libopenblas.so.0: No such file or directory; install that library, or write stock",
+        str(tmp_path): f"cannot read {tmp_path}: Is a directory",
+        str(text): f"{text} is no shared library; write stock, auto or the path of one",
+        "libopenblas.so.0": "must be stock, auto or the path of a library, from / on and without blanks, not 'libopenblas.so.0'",
+        f"{harmless}:{harmless}": "without blanks",
+        "": "must be stock, auto or the path of a library",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            config.load(tmp_path / "none", [], {"MLXD_ENGINE_BLAS": setting})
+        assert str(refused.value).startswith("MLXD_ENGINE_BLAS") and sentence in str(refused.value)
+        assert refused.value.exit_status == 78
+
+
+def test_a_library_is_taken_by_its_path_or_found_and_stock_is_none(tmp_path: Path, harmless: str) -> None:
+    assert config.load(tmp_path / "none", [], {}).config.engine.blas == "stock"
+    assert config.load(tmp_path / "none", [], {"MLXD_ENGINE_BLAS": harmless}).config.engine.blas == harmless
+    assert config.load(tmp_path / "none", [], {"MLXD_ENGINE_BLAS": AUTO}).config.engine.blas == AUTO
+    assert (library("stock"), library(harmless)) == ("", harmless)
+    assert library(AUTO) == "" or Path(library(AUTO)).is_file()
+
+
+@pytest.mark.skipif(sys.platform == "linux", reason="Linux preloads")
+def test_elsewhere_auto_is_stock_and_a_path_is_refused(tmp_path: Path) -> None:
+    assert library(AUTO) == ""
+    with pytest.raises(ConfigError, match="libraries are preloaded on Linux alone; write stock"):
+        config.load(tmp_path / "none", [], {"MLXD_ENGINE_BLAS": "/usr/lib/libopenblas.dylib"})

@@ -119,6 +119,17 @@ def test_an_exception_is_known_by_the_last_word(text: str) -> None:
         (End(code=70, words=LOG), "error"),
         (End(code=1, words=f"{TRACEBACK}MemoryError\n{LOG}{TRACEBACK}KeyError: 1"), "error"),  # the first one was survived
         (End(code=1, words=f"{TRACEBACK}KeyError: 1\n{LOG}{TRACEBACK}MemoryError"), "memory"),
+        (End(signal=SEGV, untried=True), "blas"),
+        (End(signal=ABRT, words="OpenBLAS blas_thread_init: pthread_create failed", untried=True), "blas"),
+        (End(signal=signal.SIGILL, untried=True), "blas"),
+        (End(code=127, words="python: symbol lookup error: undefined symbol: cblas_sgemm", untried=True), "blas"),
+        (End(code=1, words=f"{TRACEBACK}ImportError: libmlx.so: undefined symbol: cblas_sgemm", untried=True), "blas"),
+        (End(signal=signal.SIGTERM, suspicion="no hello", untried=True), "blas"),
+        (End(signal=KILL, untried=True), "killed"),
+        (End(signal=ABRT, words=NO_MEMORY, untried=True), "memory"),
+        (End(code=0, bye=Bye("refused", "config.json is missing"), untried=True), "refused"),
+        (End(signal=signal.SIGTERM, intended=True, untried=True), "stopped"),
+        (End(code=70, bye=Bye("error", "KeyError: 1"), untried=True), "error"),
     ],
 )
 def test_the_nearest_evidence_counts(end: End, name: str) -> None:
@@ -135,6 +146,7 @@ def test_whoever_ended_it_decides_who_is_blamed() -> None:
         "disk",
         "victim",
         "grown",
+        "blas",
     }
     assert {name for name, cause in CAUSES.items() if cause.pressure} == {"memory"}
     assert all(cause.faultless for cause in CAUSES.values() if cause.outside)

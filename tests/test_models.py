@@ -56,7 +56,11 @@ def test_a_name_without_a_tag_means_latest(name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "a/../b", "a//b", "/a", "a/", ":x", "a:", "a b", "a:b:c", "-a", ".a", "ü", "a\n", "x" * 81, "a/b/c/d", "a\x00"]
+    "name",
+    [
+        *("../x", "a/../b", "a//b", "/a", "a/", ":x", "a:", "a b", "a:b:c", "-a", ".a", "ü", "a\n", "x" * 81, "a/b/c/d", "a\x00"),
+        *("a.", "a./b", "a:b.", "a..b", "a:.", "host.:1/a", "٣", "ａ", "/".join(["x" * 80] * 3) + ":" + "y" * 80),
+    ],
 )
 def test_a_malformed_name_is_a_400(name: str) -> None:
     with pytest.raises(Refused) as refused:
@@ -92,6 +96,32 @@ def test_models_are_found_flat_nested_and_in_the_hugging_face_cache(tmp_path: Pa
     assert catalogue.find("FLAT").name == "flat:latest"
     assert catalogue.find("Org/nested:LATEST").directory == tmp_path / "models" / "org" / "Nested"
     assert catalogue.find("mlx-community/qwen3-0.6b-4bit").directory.name == revision
+
+
+def test_a_name_has_at_most_256_characters_and_its_parts_80() -> None:
+    longest = "/".join(["x" * 79, "y" * 80, "z" * 80]) + ":t" + "0" * 13
+    assert len(longest) == 256 and canonical(longest) == longest
+    with pytest.raises(Refused, match="invalid model name"):
+        canonical(longest + "0")
+
+
+def test_a_directory_that_cannot_be_served_is_said_once(
+    tmp_path: Path, catalogue: Catalogue, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two whose names differ by capitals alone, the one that comes first is served."""
+    for name in ("Same", "same", "trailing.", "größe"):
+        make_model(tmp_path / "models" / name)
+    if (tmp_path / "models" / "Same").samefile(tmp_path / "models" / "same"):
+        pytest.skip("this file system does not tell capitals apart")
+    for _ in range(2):
+        assert {model.name for model in catalogue.scan()} == {BUILTIN, "Same:latest"}
+    said = sorted(record.getMessage() for record in caplog.records)
+    models = tmp_path / "models"
+    assert said == [
+        f"{models / 'größe'} is not served: its name cannot be that of a model; rename it",
+        f"{models / 'same'} is not served: its name is that of {models / 'Same'} but for capitals; rename it",
+        f"{models / 'trailing.'} is not served: its name cannot be that of a model; rename it",
+    ]
 
 
 def test_an_unknown_name_is_a_404_that_repeats_it(catalogue: Catalogue) -> None:

@@ -92,7 +92,7 @@ class OutputConfig(Struct):
     format: OutputFormat | None = None
 
 
-class Messages(Struct):
+class Messages(fields.Body):
     """What is not here (metadata, service_tier, context_management, container, ...) is ignored. `seed` is mlxd's own."""
 
     model: str | None = None

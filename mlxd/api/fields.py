@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from mlxd.errors import Refused
 
@@ -35,6 +35,17 @@ StopString = Annotated[str, Meta(max_length=256)]
 StopStrings = Annotated[list[StopString], Meta(max_length=16)] | StopString
 
 
+class Body(Struct):
+    """Of a request that a template is rendered for: the model's own. One that came with a request would be its sender's program."""
+
+    chat_template: msgspec.Raw = free()
+    chat_template_kwargs: msgspec.Raw = free()
+
+
+#: The fields of Body, and what to do instead.
+OF_TEMPLATE = {"chat_template": "the model's own is used", "chat_template_kwargs": "whether to think has a field of its own"}
+
+
 class Malformed(Refused):
     """A field is wrong. `path`: dotted, "" for the body as a whole; `sentence`: what is wrong, without the name; `code`: see Refused."""
 
@@ -49,7 +60,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
     if not body or body.isspace():
         raise Refused(400, "missing request body")
     try:
-        return decoder.decode(body)
+        found = decoder.decode(body)
     except msgspec.ValidationError as error:
         sentence, _, path = str(error).replace(" - at `key` in `$", " of its keys - at `$").partition(" - at `$")
         path = path.rstrip("`").replace("[...]", "[]").lstrip(".")
@@ -58,6 +69,11 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
         raise Refused(400, "the JSON is nested too deeply") from None
     except (ValueError, MemoryError) as error:  # DecodeError and UnicodeDecodeError are ValueErrors
         raise Refused(400, f"the body is not valid JSON: {error}") from None
+    if isinstance(found, Body):
+        for name, remedy in OF_TEMPLATE.items():
+            if bytes(getattr(found, name)) not in (b"null", b"{}", b'""'):
+                raise Malformed(name, f"not supported by mlxd: {remedy}")
+    return found
 
 
 def plain(sentence: str) -> str:

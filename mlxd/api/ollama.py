@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import re
 import secrets
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -17,11 +15,12 @@ from mlxd.aliases import Parameters
 from mlxd.api import fields, vectors
 from mlxd.api.exchange import Exchange
 from mlxd.api.fields import MOST, NULL, Budget, Fraction, Integer, Malformed, Penalty, Positive, StopStrings, Temperature, whole
+from mlxd.api.ollama_models import described, shown, timestamp
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.journal import Answered, Request, Summary
 from mlxd.messages import Call, Embedded, Format, Logprob, Sampling, Token, TokenLogprob
-from mlxd.models import Model, chat_template, license_text, read_tensors
+from mlxd.models import Model
 from mlxd.pool import Engine, keep_alive_s
 
 #: Clients read it as Ollama's: VS Code wants >= 0.6.4, Codex >= 0.13.4, Open WebUI runs int() on each part.
@@ -95,7 +94,7 @@ class Tool(Struct):
     function: Function
 
 
-class Common(Struct):
+class Common(fields.Body):
     """What generate and chat share. The context never slides, whatever `shift`: an answer that reaches its end is cut."""
 
     model: str | None = None
@@ -314,11 +313,6 @@ def fill_prompt(asked: Request, call: Generate) -> None:
 # --- what goes out ---------------------------------------------------------------------------------------------------------------
 
 
-def timestamp(seconds: float | None = None) -> str:
-    moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
 class Lines:
     """An answer as NDJSON. `piece`: the members that carry text, and `more` beside it, `extra`: those of the last line only."""
 
@@ -501,57 +495,10 @@ async def ps(service: Service, exchange: Exchange) -> None:
 async def show(service: Service, exchange: Exchange) -> None:
     call = parse(shows, await exchange.body())
     model = await service.find(call.called)
-    entry = described(model)
-    alias = model.alias
-    licenses = [await service.read(license_text, model, ""), *(alias.license if alias else [])]
     # Copilot shows the basename as the model's name.
     copilot = exchange.header(b"user-agent").startswith(b"GitHubCopilotChat/")
-    body = {
-        "modelfile": modelfile(model),
-        "parameters": "\n".join(parameter_lines(alias.parameters)) if alias else "",
-        "template": (alias and alias.template) or await service.read(chat_template, model, ""),
-        "details": entry["details"],
-        "model_info": {
-            "general.architecture": model.family,
-            "general.basename": call.called if copilot else model.name.removesuffix(":latest"),
-            "general.parameter_count": model.parameters,
-            f"{model.family}.context_length": model.context_length,
-            f"{model.family}.embedding_length": model.embedding_length,
-        },
-        "capabilities": entry["capabilities"],
-        "modified_at": entry["modified_at"],
-    }
-    if text := "\n".join(filter(None, licenses)):
-        body["license"] = text
-    if alias and alias.system:
-        body["system"] = alias.system
-    if alias and alias.messages:
-        body["messages"] = alias.messages
-    if call.verbose:
-        body["tensors"] = await service.read(tensors, model, [])
-    await exchange.reply(200, encode(body))
-
-
-def tensors(directory: Path) -> list[dict[str, Any]]:
-    """Raises Broken, OSError."""
-    return [{"name": name, "type": dtype, "shape": shape} for name, (dtype, shape) in sorted(read_tensors(directory).items())]
-
-
-def modelfile(model: Model) -> str:
-    """In Ollama's language, where three quotes hold a text of several lines."""
-    lines = ["# The built-in model of mlxd, for self-test and demo."] if model.builtin else []
-    lines.append(f"FROM {model.weights.name}")
-    if model.alias:
-        lines += [f"PARAMETER {line}" for line in parameter_lines(model.alias.parameters)]
-        lines += [f'SYSTEM """{model.alias.system}"""'] if model.alias.system else []
-        lines += [f'MESSAGE {message["role"]} """{message["content"]}"""' for message in model.alias.messages]
-    return "\n".join(lines) + "\n"
-
-
-def parameter_lines(said: Parameters) -> list[str]:
-    """Name, blanks, value: Continue's parser breaks on anything else."""
-    pairs = [(name, one) for name, value in said.said().items() for one in (value if isinstance(value, list) else [value])]
-    return [f"{name:<30} {json.dumps(value, ensure_ascii=False)}" for name, value in pairs]
+    basename = call.called if copilot else model.name.removesuffix(":latest")
+    await exchange.reply(200, encode(await asyncio.to_thread(shown, model, basename, bool(call.verbose))))
 
 
 def lifetime(service: Service, engine: Engine) -> dict[str, Any]:
@@ -561,34 +508,6 @@ def lifetime(service: Service, engine: Engine) -> dict[str, Any]:
         "size_vram": engine.model.size_bytes,
         "context_length": engine.context_length,
     }
-
-
-def described(model: Model) -> dict[str, Any]:
-    """An entry of the lists. Every string in `details` is needed: one null hides all models from Zed."""
-    return {
-        "name": model.name,
-        "model": model.name,
-        "modified_at": timestamp(model.modified_at),
-        "size": model.size_bytes,
-        "digest": model.digest,
-        "details": {
-            "parent_model": model.weights.name if model.alias else "",
-            "format": "safetensors",
-            "family": model.family,
-            "families": [model.family],
-            "parameter_size": model.parameter_size,
-            "quantization_level": model.quantization,
-        }
-        | ({"description": "built-in model of mlxd, for self-test and demo"} if model.builtin else {}),
-        "capabilities": capabilities(model),
-    }
-
-
-def capabilities(model: Model) -> list[str]:
-    if model.embeds:
-        return ["embedding"]
-    can = {"completion": True, "tools": model.calls, "insert": model.inserts, "thinking": model.thinks}
-    return [name for name, able in can.items() if able]
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mlxd.api.fields import Malformed
 from mlxd.api.ollama import NDJSON, Named, Options, encode, nameds, parameters, parse
 from mlxd.api.service import Service
 from mlxd.errors import Refused
-from mlxd.models import canonical
+from mlxd.models import Catalogue, Model, canonical
 
 DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 PLACE = "the models directory (~/mlx-models unless MLX_MODELS_DIR names another)"
@@ -63,14 +63,17 @@ transfers = msgspec.json.Decoder(Transfer)
 
 
 async def copy(service: Service, exchange: Exchange) -> None:
-    """Another name for a model; nothing is copied but an alias's settings."""
-    call = parse(copies, await exchange.body())
+    await asyncio.to_thread(copied, service.catalogue, parse(copies, await exchange.body()))
+    await exchange.reply(200, b"")
+
+
+def copied(catalogue: Catalogue, call: Copy) -> None:
+    """Another name for a model; nothing is copied but an alias's settings. Raises Refused."""
     source, destination = checked("source", call.source), checked("destination", call.destination)
     if source.lower() == destination.lower():
-        await service.find(call.source or "")
+        catalogue.find(call.source or "")
     else:
-        await asyncio.to_thread(service.catalogue.define, destination, call.source or "")
-    await exchange.reply(200, b"")
+        catalogue.define(destination, call.source or "")
 
 
 def checked(field: str, name: str | None) -> str:
@@ -83,16 +86,7 @@ def checked(field: str, name: str | None) -> str:
 
 async def create(service: Service, exchange: Exchange) -> None:
     call = parse(creates, await exchange.body())
-    name = canonical(call.called)
-    empty = (b"null", b"{}", b'""')
-    for field in ("files", "adapters", "quantize"):
-        if bytes(getattr(call, field)) not in empty:
-            raise Refused(400, f"{field}: {NO_WEIGHTS}")
-    if not call.base:
-        raise Refused(400, "neither 'from' or 'files' was specified")
-    said = settings(call)
-    options = parameters(call.parameters or Options())
-    model = await asyncio.to_thread(service.catalogue.define, name, call.base, options, **said)
+    model = await asyncio.to_thread(created, service.catalogue, call)
     statuses = [f"using existing layer sha256:{model.weights.digest}", "writing manifest", "success"]
     if call.stream is False:
         await exchange.reply(200, encode({"status": statuses[-1]}))
@@ -100,6 +94,18 @@ async def create(service: Service, exchange: Exchange) -> None:
     await exchange.stream(NDJSON)
     for status in statuses:
         await exchange.write(encode({"status": status}) + b"\n", last=status is statuses[-1])
+
+
+def created(catalogue: Catalogue, call: Create) -> Model:
+    """The model under its new name. Raises Refused."""
+    name = canonical(call.called)
+    empty = (b"null", b"{}", b'""')
+    for field in ("files", "adapters", "quantize"):
+        if bytes(getattr(call, field)) not in empty:
+            raise Refused(400, f"{field}: {NO_WEIGHTS}")
+    if not call.base:
+        raise Refused(400, "neither 'from' or 'files' was specified")
+    return catalogue.define(name, call.base, parameters(call.parameters or Options()), **settings(call))
 
 
 def settings(call: Create) -> dict[str, Any]:

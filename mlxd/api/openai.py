@@ -111,7 +111,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Biases = Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)]
 
 
-class Common(Struct):
+class Common(fields.Body):
     """What chat and completions share. What is not here (user, store, metadata, service_tier, ...) is ignored."""
 
     model: str | None = None

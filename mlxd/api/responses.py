@@ -76,7 +76,7 @@ class Reasoning(Struct):
     summary: str | None = None
 
 
-class Create(Struct):
+class Create(fields.Body):
     """The body of /v1/responses. What is not here (service_tier, user, prompt_cache_key, background, ...) is ignored."""
 
     model: str | None = None

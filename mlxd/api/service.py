@@ -23,8 +23,7 @@ from mlxd.errors import ConfigError, Refused
 from mlxd.fallback import HURRY_S, Fallback
 from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
-from mlxd.modelfiles import Broken
-from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
+from mlxd.models import BUILTIN, Catalogue, Model
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.ratelimit import RateLimit
 from mlxd.tokens import Tokens
@@ -115,22 +114,10 @@ class Service:
         """Ollama's models besides `models`, as its /api/tags has them."""
         return await self.fallback.beside(exchange, [model.name for model in models]) if self.fallback else []
 
-    async def read(self, look: Callable[[Path], T], model: Model, nothing: T) -> T:
-        """What `look` finds in a model's directory; `nothing` when that cannot be read."""
-        try:
-            return await asyncio.to_thread(look, model.directory)
-        except (Broken, OSError):
-            return nothing
-
     async def delete(self, name: str) -> None:
         """An alias, or a model's files once nobody uses it. Raises Refused."""
-        place = await asyncio.to_thread(self.catalogue.place, name)
-        if place is None:
-            if not await asyncio.to_thread(self.catalogue.aliases.remove, canonical(name).lower()):
-                raise unknown(name)
-        elif place.name == BUILTIN:
-            raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
-        else:
+        place = await asyncio.to_thread(self.catalogue.doomed, name)
+        if place is not None:
             await self.pool.retire(place.name)
             await asyncio.to_thread(self.catalogue.delete, place)
 

@@ -27,6 +27,16 @@ GROUPS = {
         "uninstall": "uninstall",
     },
     "Look at it": {"status": "look", "logs": "look", "events": "look"},
+    "Models": {
+        "list": "models",
+        "show": "models",
+        "ps": "models",
+        "load": "models",
+        "unload": "models",
+        "cp": "models",
+        "alias": "models",
+        "rm": "models",
+    },
     "Use it": {"env": "services"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
@@ -42,7 +52,8 @@ class Commands(click.Group):
         name = "run" if name == "serve" else name
         if name not in FILES:
             return None
-        command: click.Command = getattr(importlib.import_module(f"{__name__}.{FILES[name]}"), name)
+        module = importlib.import_module(f"{__name__}.{FILES[name]}")
+        command: click.Command = getattr(module, {"list": "list_"}.get(name, name))  # `list` is Python's own
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

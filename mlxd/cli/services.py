@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlxd import control, endpoint, paths
-from mlxd.cli.words import as_json
+from mlxd.cli.words import as_json, table
 from mlxd.errors import ConfigError, MlxdError
 
 if TYPE_CHECKING:
@@ -135,9 +135,8 @@ def show(reports: list[Report], json_: bool) -> None:
     for report in reports:
         latency = f"{report.latency_s * 1000:.0f} ms" if report.latency_s is not None else "-"
         rows.append((report.name, report.address, report.state, latency, report.owner, to_do(report)))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        click.echo("  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[5]]))
+    for line in table(rows):
+        click.echo(line)
 
 
 def to_do(report: Report) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
     if last := told["last_exit"]:
         how = f"signal {last['signal']}" if last["signal"] is not None else f"status {last['code']}"
         yield f"last exit  {last['ts']}  {name_of(last['child'], last['slot'])}  pid {last['pid']}  {last['cause']}  {how}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines with aligned columns, two blanks apart. The first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def row(name: str, process: dict[str, Any], more: str = "") -> str:

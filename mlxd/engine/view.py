@@ -15,7 +15,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mlxd.modelfiles import ENCODERS, INDEX, Broken, check_tokenizer, read_json, read_weights, refuse_code
+from mlxd.modelfiles import (
+    ENCODERS,
+    INDEX,
+    Broken,
+    check_format,
+    check_settings,
+    check_tokenizer,
+    read_json,
+    read_weights,
+    refuse_code,
+)
 
 #: Linked into the view, besides the weights. No *.py, no pickle.
 DATA = {
@@ -47,12 +57,12 @@ def make_view(directory: Path, view: Path) -> dict[str, Any]:
         raise Broken(
             f"its directory cannot be read: {error.strerror}; put the model's files there or name another model"
         ) from error
-    if "config.json" not in names:
-        raise Broken("config.json is missing; download the model again")
+    check_format(names)
+    config = read_json(directory / "config.json")
     settings = {name: read_json(directory / name) for name in names if name in SETTINGS}
-    for name, found in settings.items():
+    for name, found in settings.items():  # what libraries will see, whatever becomes of the files
         refuse_code(name, found)
-    config = settings["config.json"]
+    check_settings(directory, [name for name in names if name not in SETTINGS])
     check_model_type(config)
     check_plugins(settings.get("tokenizer_config.json", {}))
     read_weights(directory, names)
