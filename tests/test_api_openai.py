@@ -152,6 +152,9 @@ def test_what_openai_has_and_mlxd_has_not_is_ignored_where_that_is_harmless(clie
         ("thinker", {"reasoning_effort": "none"}, False),
         ("thinker", {"reasoning_effort": "minimal"}, True),
         ("thinker", {"reasoning": {"effort": "high"}}, True),
+        ("thinker", {"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ("thinker", {"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ("thinker", {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}, False),
         ("tiny", {"reasoning_effort": "high"}, None),
         ("tiny", {"reasoning_effort": "none"}, None),
     ],
@@ -470,6 +473,8 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"response_format": DEEP}, 400, "nested more than 64 deep", "response_format.json_schema.schema"),
     ({"top_logprobs": 21, "logprobs": True}, 400, "expected", "top_logprobs"),
     ({"top_logprobs": 2}, 400, "logprobs must be true", "top_logprobs"),
+    ({"chat_template": "{{ messages }}"}, 400, "not supported by mlxd: the model's own is used", "chat_template"),
+    ({"chat_template_kwargs": {"documents": []}}, 400, "unknown field", "chat_template_kwargs"),
     ({"reasoning_effort": "huge"}, 400, "must be none, minimal", "reasoning_effort"),
     ({"stream_options": True}, 400, "expected object", "stream_options"),
 ]

@@ -71,7 +71,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | bytearray) -> T:
         raise Refused(400, f"the body is not valid JSON: {error}") from None
     if isinstance(found, Body):
         for name, remedy in OF_TEMPLATE.items():
-            if bytes(getattr(found, name)) not in (b"null", b"{}", b'""'):
+            value = getattr(found, name)
+            if isinstance(value, msgspec.Raw) and bytes(value) not in (b"null", b"{}", b'""'):
                 raise Malformed(name, f"not supported by mlxd: {remedy}")
     return found
 

@@ -130,6 +130,12 @@ class Common(fields.Body):
     n: Choices | None = None
 
 
+class TemplateSettings(Struct, forbid_unknown_fields=True):
+    """What clients of other servers say to templates that think."""
+
+    enable_thinking: bool | None = None
+
+
 class Chat(Common):
     """The body of /v1/chat/completions."""
 
@@ -142,6 +148,7 @@ class Chat(Common):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     reasoning_effort: str | None = None
     reasoning: Reasoning | None = None
+    chat_template_kwargs: TemplateSettings | None = None  # type: ignore[assignment]
     functions: msgspec.Raw = fields.free()
     audio: msgspec.Raw = fields.free()
     web_search_options: msgspec.Raw = fields.free()
@@ -310,6 +317,8 @@ def chat_request(call: Chat, model: Model) -> Request:
     wanted = call.response_format or ResponseFormat("text")
     schema = wanted.json_schema.schema if wanted.json_schema else NULL
     effort = call.reasoning_effort or (call.reasoning.effort if call.reasoning else None)
+    if effort is None and call.chat_template_kwargs and call.chat_template_kwargs.enable_thinking is not None:
+        effort = "medium" if call.chat_template_kwargs.enable_thinking else "none"
     return Request(
         model=model,
         sampling=sampling(call, model),
