@@ -6,6 +6,7 @@ The server asks when it lists models, the engine again when it loads one. Pure P
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ from msgspec import Meta, Struct
 from mlxd.errors import MlxdError
 
 INDEX = "model.safetensors.index.json"
+#: model-00001-of-00004.safetensors, one of four.
+SHARD = re.compile(r"(?P<stem>.*-)\d{5}-of-(?P<all>\d{5})\.safetensors")
 #: What `model_type` says of models that only embed; our own `engine/bert.py` runs them.
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -121,6 +124,11 @@ def read_weights(directory: Path, names: Iterable[str]) -> dict[str, tuple[str, 
             raise Broken(f"{INDEX} has no weight_map; download the model again")
         for name in sorted({str(name) for name in wanted.values()} - set(shards)):
             raise Broken(f"{name} is missing, {INDEX} names it; download the model again")
+    for name in shards:
+        if found := SHARD.fullmatch(name):  # the index is a file like others: it may not be copied yet
+            for number in range(1, int(found["all"]) + 1):
+                if (other := f"{found['stem']}{number:05}-of-{found['all']}.safetensors") not in shards:
+                    raise Broken(f"{other} is missing, and {name} is there; download the model again")
     if not shards:
         raise Broken("model.safetensors is missing; download the model again")
     return {name: (t.dtype, t.shape) for shard in shards for name, t in read_header(directory / shard).items()}

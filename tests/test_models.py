@@ -148,6 +148,10 @@ def test_an_unknown_name_is_a_404_that_repeats_it(catalogue: Catalogue) -> None:
             lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00002-of-00002.safetensors"}}'),
             "model-00002-of-00002.safetensors is missing",
         ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00002.safetensors"),
+            "model-00002-of-00002.safetensors is missing, and model-00001-of-00002.safetensors is there",
+        ),
         (lambda d: (d / "config.json").write_text('{"model_file": "evil.py"}'), "config.json asks to run code"),
         (lambda d: (d / "config.json").write_text('{"trust_remote_code": true}'), "config.json asks to run code"),
     ],
