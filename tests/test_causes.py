@@ -269,6 +269,7 @@ def test_a_stack_of_a_suspicion_that_passed_is_in_no_record(daemon: Make) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce RLIMIT_AS")
 def test_an_engine_whose_weights_do_not_fit_its_address_space_dies_of_memory(tmp_path: Path) -> None:
+    """REL-13."""
     model = make_tiny_model(tmp_path / "m", config={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8})
     limited = tmp_path / "limited.py"
     limited.write_text(LIMITED)

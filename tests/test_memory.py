@@ -1,4 +1,4 @@
-"""Which models are loaded at once: room in memory, whose turn it is, what is pinned. A server with fake engines; weights are holes in files."""
+"""Which models are loaded at once: room in memory (REL-13), whose turn it is, what is pinned. Fake engines; weights are holes in files."""
 
 from __future__ import annotations
 
