@@ -29,7 +29,7 @@ from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
 from mlxd.logs import timestamp
-from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning
+from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning, Want
 from mlxd.paths import Paths, open_log_anyway, opened, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
@@ -106,10 +106,12 @@ class Child:
     progress_at: float = 0.0  # when a counter last moved, or there was nothing to do
     suspect: bool = False
     memory_bytes: int = 0
-    share_bytes: int = 0  # of an engine: what it was told that it may take of memory
+    needed_bytes: int = 0  # of an engine: what its model was estimated to take
+    share_bytes: int = 0  # what it was told that it may take of memory, and when
+    shared_at: float = 0.0
     ready_bytes: int = 0  # its footprint when it was first measured as ready
-    crowded_looks: int = 0  # how many in a row found it far over its share
-    crowded_at: float | None = None  # since when it takes no more requests
+    crowded: list[float] = field(default_factory=list)  # when, in a row, it was found to have outgrown its share
+    hard_looks: int = 0  # how many in a row found it far beyond
     descriptors: int = 0
     excess: str = ""  # what it had too much of when it was last looked at
     bye: Bye | None = None
@@ -219,14 +221,15 @@ class Child:
             self.progress_at = now
         self.counters, self.beat_at, self.suspect = counters, now, False
 
-    def begin_anew(self, model: str, directory: str, preload: bool) -> None:
+    def begin_anew(self, word: Want) -> None:
         """Be for this model from now on; what became of earlier spares in this slot is not its record."""
-        self.model, self.directory, self.preload = model, directory, preload
+        self.model, self.directory, self.preload, self.needed_bytes = word.model, word.directory, word.preload, word.needed_bytes
         self.restarts, self.counted, self.deaths, self.trial, self.died_of = 0, [], [], False, ""
 
     def take_over(self, dead: Child) -> None:
         """Do what `dead`, which has no process, was for; its record comes with it, and it is for nothing any more."""
         self.model, self.directory, self.preload, self.released = dead.model, dead.directory, dead.preload, dead.released
+        self.needed_bytes = dead.needed_bytes
         self.restarts, self.counted, self.deaths = dead.restarts + 1, dead.counted, dead.deaths
         self.trial, self.died_of, self.tuning = dead.trial, dead.died_of, dead.tuning
         dead.model, dead.wanted = None, False
@@ -304,8 +307,8 @@ class Child:
         self.alive = False
         self.pid = self.link = self.bye = self.ready_at = None
         self.counters, self.at_ready, self.memory_bytes, self.descriptors = Counters(), Counters(), 0, 0
-        self.share_bytes = self.ready_bytes = self.crowded_looks = 0
-        self.crowded_at = None
+        self.share_bytes = self.ready_bytes = self.hard_looks = 0
+        self.crowded = []
         self.deaths = [t for t in self.deaths if t > now - 3600] + ([] if self.ordered else [now])
         self.ordered = self.suspect = False
         self.suspicion = self.excess = ""

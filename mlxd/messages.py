@@ -118,11 +118,12 @@ class Bye(Struct, tag="bye", tag_field="word"):
 class Want(Struct, tag="want", tag_field="word"):
     """An engine for `model` is wanted. `directory`: absolute path of its files. Saying it again changes nothing.
 
-    `preload`: it belongs to what `mlxd start` waits for. `automatic`: no request asks for it now.
+    `needed_bytes`: of memory, by an estimate. `preload`: it belongs to what `mlxd start` waits for. `automatic`: no request asks for it now.
     """
 
     model: str
     directory: str
+    needed_bytes: int = 0
     preload: bool = False
     automatic: bool = False
 
@@ -165,13 +166,6 @@ class EngineDown(Struct, tag="engine_down", tag_field="word"):
     retry_s: float = 0.0
 
 
-class Crowded(Struct, tag="crowded", tag_field="word"):
-    """The engine of `model` takes more memory than its share: no more requests for it, until it is replaced, which is when it is idle."""
-
-    id: int
-    model: str
-
-
 class Exited(Struct, tag="exited", tag_field="word"):
     """The newest exit record, for `/health`."""
 
@@ -211,7 +205,7 @@ class Reopen(Struct, tag="reopen", tag_field="word"):
 
 
 ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled
-SupervisorWord = EngineUp | EngineDown | Crowded | Exited | Drain | Load | Share | Stop | Reopen
+SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Share | Stop | Reopen
 
 # --- the engine's socket: server -> engine -----------------------------------------------------------------------------------
 

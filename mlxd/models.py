@@ -98,15 +98,9 @@ class Model(Struct, frozen=True):
         drawn = msgspec.structs.replace(usual, **said | {name: value for name, value in asked.items() if value is not None})
         return drawn if drawn.seed >= 0 else msgspec.structs.replace(drawn, seed=usual.seed)
 
-    @property
-    def least_context(self) -> int:
-        """Tokens, without room for which it is not worth loading."""
-        return min(self.context_length or estimate.LEAST_CONTEXT, estimate.LEAST_CONTEXT)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Memory without which it is not loaded."""
-        return self.size_bytes + self.least_context * self.kv_bytes + self.step_bytes
+    def needed_bytes(self, context: int) -> int:
+        """Memory for its weights, so many tokens of context and a step."""
+        return self.size_bytes + context * self.kv_bytes + self.step_bytes
 
     @property
     def parameter_size(self) -> str:

@@ -7,6 +7,7 @@ EngineDown). Does not know HTTP, nor who waits for an answer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import re
@@ -17,14 +18,13 @@ from typing import Literal
 
 import psutil
 
-from mlxd import causes, messages, shares
+from mlxd import causes, estimate, messages, shares
 from mlxd.config import Config
 from mlxd.errors import Refused
 from mlxd.journal import Entry
 from mlxd.messages import (
     Cancel,
     Counters,
-    Crowded,
     Done,
     Embedded,
     EngineDown,
@@ -47,8 +47,11 @@ RECONNECT_S = 0.25
 MOST_UNREAD = 8192
 #: Available memory that is left to others: a twentieth of the machine's, a gigabyte at most.
 RESERVE_SHARE, MOST_RESERVE = 20, 2**30
-#: The memory of a process that has ended has so long to come back, and so has what Ollama was asked to give up; it is looked for so often.
-GIVEN_BACK_S, LOOK_S = 10.0, 0.25
+#: The memory of a process that has ended has so long to come back before another one goes, and so long, like what Ollama was asked to give
+#: up, before a request is refused; it is looked for so often.
+SOON_S, GIVEN_BACK_S, LOOK_S = 2.0, 10.0, 1.0
+#: An engine that was released and has not gone by then has a job of a server that drains.
+GOING_S = 5.0
 #: The code of the Refused that says that a model cannot be loaded just now, but will be tried again.
 RETRIED = "retried"
 #: A sweep that comes so much late means that this process was stopped: nothing could be heard meanwhile.
@@ -57,6 +60,8 @@ PAUSE_S = 2.0
 #: request was answered; "": only the connection broke.
 FAULTLESS = causes.FAULTLESS | {""}
 
+#: What keeps a model from being loaded: `max_cached`, `memory_limit`, or what is available.
+Lack = Literal["count", "limit", "free"]
 State = Literal["absent", "loading", "ready", "retried", "releasing"]
 
 
@@ -197,9 +202,8 @@ class Engine:
 
     `state`: absent (not wanted), loading (wanted; also while a dead one is replaced), ready (connected), retried (the supervisor tries
     again at `retry_at`), releasing. `users`: requests that wait for it or run on it; with none it is idle. `served`: those of them that
-    have a slot. `pinned`: it goes for nobody. `crowded`: it takes no more requests, and is replaced when it is idle. `cause`: why it last
-    went. `latest`: the connection, or the one before. `suspects`: requests that run alone, one after the other, since engines died under
-    them.
+    have a slot. `pinned`: it goes for nobody. `cause`: why it last went. `latest`: the connection, or the one before. `suspects`: requests
+    that run alone, one after the other, since engines died under them.
     """
 
     def __init__(self, model: Model, keep_alive_s: float, now: float):
@@ -207,7 +211,7 @@ class Engine:
         self.keep_alive_s = keep_alive_s
         self.preloaded = False
         self.pinned = False
-        self.crowded = False
+        self.released_at = -math.inf
         self.state: State = "absent"
         self.up: EngineUp | None = None
         self.connection: Connection | None = None
@@ -224,6 +228,10 @@ class Engine:
     @property
     def idle(self) -> bool:
         return self.users == 0 and self.state not in ("absent", "releasing")
+
+    def is_going(self, now: float) -> bool:
+        """It was released, and nothing keeps it."""
+        return self.state == "releasing" and now < self.released_at + GOING_S
 
     @property
     def memory_bytes(self) -> int:
@@ -288,9 +296,10 @@ class Pool:
             engine.keep_alive_s = math.inf if engine.preloaded else self.keep_alive_s
         engine.users += 1
         if keep_alive_s is not None:
-            engine.keep_alive_s = keep_alive_s
             engine.preloaded &= keep_alive_s > 0
             engine.pinned &= keep_alive_s > 0
+            if not engine.pinned:
+                engine.keep_alive_s = keep_alive_s
         try:
             yield engine
         finally:
@@ -313,9 +322,10 @@ class Pool:
         """A connection to the engine, which is loaded first if need be. `new`: for a request that has no slot yet. Raises Refused: 400 it
         cannot be loaded, 507 there will be no memory for it, 503 there is no room for it now, or it died and is tried again later than in
         so many seconds as `hurry` then says."""
-        refusals = engine.refusals
+        refusals, came_at = engine.refusals, now()
         while True:
-            if engine.connection is not None and engine.state == "ready" and not (new and self.stands_aside(engine)):
+            stands_aside = new and came_at >= self.turn_at and not engine.pinned
+            if engine.connection is not None and engine.state == "ready" and not stands_aside:
                 return engine.connection
             if engine.refusals != refusals:
                 raise Refused(
@@ -397,14 +407,11 @@ class Pool:
         return engine
 
     def preload(self, model: Model, pinned: bool = False) -> None:
-        """Load it and keep it. Raises Refused when there is no room for it."""
         engine = self.engine(model)
         engine.preloaded = True
         engine.pinned |= pinned
         engine.keep_alive_s = math.inf
         if engine.state == "absent":
-            if why := self.lack(engine):
-                raise self.no_memory(engine, why)
             self.want(engine, automatic=True)
 
     async def load(self, engine: Engine) -> None:
@@ -419,51 +426,57 @@ class Pool:
             raise Refused(503, "every loaded model is busy; please try again", code="no_room", retry_s=5) from None
 
     async def make_room(self, engine: Engine) -> None:
-        """Where a request has a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them. So do, after
-        a quarter of `queue_wait_s`, those whose new requests have stood aside: each model has its turn. Raises Refused."""
-        self.turn_at = now() + self.config.server.queue_wait_s / 4
-        turn = asyncio.get_running_loop().call_at(self.turn_at, self.left.set)
+        """Have others go, one after the other, until there is room. Raises Refused when there will be none.
+
+        Where a request has a slot, engines whose requests have none go, too: they wait for slots, and he would wait for them. So do, after
+        a quarter of `queue_wait_s`, those whose new requests have stood aside: each model has its turn."""
+        began = now()
         asked = False
         try:
-            while engine.state == "absent" and (why := self.lack(engine)):
-                if not self.could_fit(engine):
-                    if now() < self.gone_at + GIVEN_BACK_S:
-                        await asyncio.sleep(LOOK_S)
-                    elif asked or self.ask_neighbour is None:
-                        raise self.no_memory(engine, why)
-                    else:
-                        asked = True
-                        if await self.ask_neighbour():
-                            self.gone_at = now()
-                elif any(other.state == "releasing" for other in self.present):
-                    await self.changed.wait()
-                elif going := self.next_to_go(engine):
+            while engine.state == "absent" and self.lacks(engine, self.others(engine)):
+                self.turn_at = began + self.config.server.queue_wait_s / 4
+                staying = [other for other in self.others(engine) if not other.is_going(now())]
+                pinned = [other for other in staying if other.pinned]
+                lacks, short = self.lacks(engine, pinned), self.lacks(engine, staying)
+                if lacks == {"free"} and not asked and self.ask_neighbour is not None and now() >= self.gone_at + GIVEN_BACK_S:
+                    asked = True
+                    if await self.ask_neighbour():
+                        self.gone_at = now()
+                elif lacks and (lacks != {"free"} or now() >= self.gone_at + GIVEN_BACK_S):
+                    raise self.no_memory(engine, pinned, lacks)
+                elif short == {"free"} and now() < self.gone_at + SOON_S:
+                    await self.look_again()
+                elif short and (going := self.next_to_go(engine, staying)):
                     self.release(going)
                 else:
-                    self.left.clear()
-                    await self.left.wait()
+                    await self.look_again()
         finally:
-            turn.cancel()
-            self.turn_at = math.inf
-            self.turn(engine, engine.state)  # no room is being made any more
+            if self.turn_at < math.inf:
+                self.turn_at = math.inf
+                self.turn(engine, engine.state)  # no room is being made any more
 
-    def next_to_go(self, engine: Engine) -> Engine | None:
-        """The engine that makes room for this one: an idle one, if there is any, that was not preloaded, and has not been used for longest."""
+    def next_to_go(self, engine: Engine, staying: list[Engine]) -> Engine | None:
+        """The first of those that may go now, if there is room once they have: idle ones, those that were not preloaded, and those that have
+        not been used for longest before others."""
+        turn_is_over = now() >= self.turn_at
         going = [
             other
-            for other in self.present
-            if not other.pinned and (other.idle or ((engine.served or self.turn_is_over) and not other.served))
+            for other in staying
+            if not other.pinned
+            and (other.idle or (other.state == "ready" and (engine.served or turn_is_over) and not other.served))
         ]
-        return min(going, key=going_first, default=None)
+        going.sort(key=going_first)
+        for count in range(1, len(going) + 1):
+            if not self.lacks(engine, [other for other in staying if other not in going[:count]]):
+                return going[0]
+        return None
 
-    @property
-    def turn_is_over(self) -> bool:
-        """Room is being made, and those who hold it have had it for long enough."""
-        return now() >= self.turn_at
-
-    def stands_aside(self, engine: Engine) -> bool:
-        """Whether a new request for this engine waits, although it is ready."""
-        return engine.crowded or (self.turn_is_over and not engine.pinned)
+    async def look_again(self) -> None:
+        """When somebody has left or an engine has changed, or in a second: memory comes back without a word."""
+        self.left.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self.left.wait()
 
     async def retire(self, name: str) -> None:
         """End the engine of the model called so, once nobody uses it. Raises Refused when somebody does for `queue_wait_s`."""
@@ -481,52 +494,75 @@ class Pool:
 
     # --- memory ---------------------------------------------------------------------------------------------------------------
 
-    def lack(self, engine: Engine) -> str:
-        """Why there is no room for this engine beside those that are there, in words; "" when there is."""
-        others = [other for other in self.present if other is not engine]
+    def others(self, engine: Engine) -> list[Engine]:
+        return [other for other in self.present if other is not engine]
+
+    def needed(self, engine: Engine) -> int:
+        """Bytes without which the engine is not loaded: weights, a step, and a context that is worth it."""
+        return engine.model.needed_bytes(self.least_context(engine))
+
+    def least_context(self, engine: Engine) -> int:
+        limits = (estimate.LEAST_CONTEXT, engine.model.context_length, self.config.models.context_length)
+        return min(limit for limit in limits if limit)
+
+    def lacks(self, engine: Engine, staying: list[Engine]) -> set[Lack]:
+        """What keeps this engine from being loaded beside `staying`, once all others have gone: too many models, the limit, or what is
+        available."""
         most = self.config.models.max_cached
-        if most and len(others) >= most:
-            return f"models.max_cached (MLX_MAX_CACHED_MODELS) is {most}"
-        needed, limit, free = engine.model.needed_bytes, self.limit(others), free_bytes(others)
-        if needed <= min(limit, free):
-            return ""
-        have = f"engine.memory_limit leaves {said(limit)}" if limit < free else f"{said(free)} are available"
-        return f"it needs {in_words(engine.model)}, and {have}"
+        free, limit = self.rooms(engine, staying)
+        reasons: dict[Lack, bool] = {"count": 0 < most <= len(staying), "limit": self.needed(engine) > limit}
+        reasons["free"] = self.needed(engine) > free
+        return {lack for lack, found in reasons.items() if found}
 
-    def limit(self, others: list[Engine]) -> int:
-        """What the limit of all engines leaves beside these."""
-        return shares.limit(self.config.engine.memory_limit) - sum(other.memory_bytes for other in others)
+    def rooms(self, engine: Engine, staying: list[Engine]) -> tuple[int, int]:
+        """Bytes that are available, and that the limit of all engines leaves, beside `staying`."""
+        gone = [other for other in self.others(engine) if other not in staying and other.connection is not None]
+        loading = [other for other in staying if other.state == "loading"]
+        memory = psutil.virtual_memory()
+        free = memory.available - min(MOST_RESERVE, memory.total // RESERVE_SHARE)
+        free += sum(other.memory_bytes for other in gone) - sum(other.model.size_bytes for other in loading)
+        limit = shares.limit(self.config.engine.memory_limit) - sum(
+            min(other.memory_bytes, self.needed(other)) for other in staying
+        )
+        return max(0, free), max(0, limit)
 
-    def could_fit(self, engine: Engine) -> bool:
-        """Whether there would be room if all went that may."""
-        pinned = [other for other in self.present if other.pinned and other is not engine]
-        most = self.config.models.max_cached
-        if most and len(pinned) >= most:
-            return False
-        free = free_bytes([]) + sum(other.memory_bytes for other in self.present if not other.pinned and other is not engine)
-        return engine.model.needed_bytes <= min(self.limit(pinned), free)
-
-    def no_memory(self, engine: Engine, why: str) -> Refused:
-        """What can be done about it: a shorter context, where the weights fit; unloading what is pinned."""
-        model = engine.model
-        pinned = [other for other in self.present if other.pinned and other is not engine]
-        room = min(self.limit(pinned), free_bytes(pinned)) - model.needed_bytes + model.least_context * model.kv_bytes
-        fits = f"; {room // model.kv_bytes} tokens of context would fit" if model.kv_bytes and room >= model.kv_bytes else ""
+    def no_memory(self, engine: Engine, pinned: list[Engine], lacks: set[Lack]) -> Refused:
+        """What is missing beside what is pinned, and what can be done about it."""
+        model, least = engine.model, self.least_context(engine)
+        free, limit = self.rooms(engine, pinned)
+        room, needed = min(free, limit), self.needed(engine)
+        if "count" in lacks:
+            why = f"models.max_cached (MLX_MAX_CACHED_MODELS) is {self.config.models.max_cached}, and so many are pinned"
+        else:
+            have = f"engine.memory_limit leaves {said(limit)}" if limit < free else f"{said(free)} are available"
+            context = least * model.kv_bytes
+            why = (
+                f"it needs {said(needed)} of memory ({said(model.size_bytes)} for its weights, {said(context)} for {least} tokens of "
+                f"context, {said(model.step_bytes)} for a step), and {have}"
+            )
         remedies = [f"unload {other.model.name}" for other in pinned]
-        if self.limit(pinned) < min(model.needed_bytes, free_bytes(pinned)):
-            remedies.append(f"raise engine.memory_limit ({said(shares.limit(self.config.engine.memory_limit))} for all engines)")
-        remedy = ", ".join([*remedies, "use a smaller model or one of fewer bits"])
-        if not remedies:
-            remedy = f"end other programs, or {remedy}"
-        return Refused(507, f"{model.name} cannot be loaded: {why}{fits}; {remedy}", code="insufficient_memory", hopeless=True)
+        if "count" not in lacks:
+            if model.kv_bytes and (tokens := (room - needed) // model.kv_bytes + least) > 0:
+                remedies.append(f"set models.context_length to {tokens} at most, which would fit")
+            if "limit" in lacks:
+                remedies.append(
+                    f"raise engine.memory_limit ({said(shares.limit(self.config.engine.memory_limit))} for all engines)"
+                )
+            if "free" in lacks:
+                remedies.append("end other programs")
+            remedies.append("use a smaller model or one of fewer bits")
+        text = f"{model.name} cannot be loaded: {why}; {', or '.join(remedies)}"
+        return Refused(507, text, code="insufficient_memory", hopeless=True)
 
     def want(self, engine: Engine, automatic: bool = False) -> None:
-        self.say(Want(engine.model.name, str(engine.model.directory), preload=engine.preloaded, automatic=automatic))
+        needed, directory = self.needed(engine), str(engine.model.directory)
+        self.say(Want(engine.model.name, directory, needed, preload=engine.preloaded, automatic=automatic))
         engine.used_at = now()
         self.turn(engine, "loading")
 
     def release(self, engine: Engine) -> None:
         self.say(Release(engine.model.name))
+        engine.released_at = now()
         self.turn(engine, "absent" if engine.state == "retried" else "releasing")  # retried: no process, so no end to wait for
 
     def turn(self, engine: Engine, state: State) -> None:
@@ -577,15 +613,8 @@ class Pool:
                 self.turn(engine, "ready")
             return
         self.disconnect(engine)
-        engine.crowded = False
         engine.up = up
         engine.connecting = asyncio.create_task(self.keep_connected(engine, up.socket))
-
-    def engine_crowded(self, word: Crowded) -> None:
-        """It takes no more requests until it is replaced."""
-        engine = self.engines.get(word.model)
-        if engine is not None and engine.up is not None and engine.up.id == word.id:
-            engine.crowded = True
 
     def engine_down(self, down: EngineDown) -> None:
         engine = self.engines.get(down.model)
@@ -593,7 +622,6 @@ class Pool:
             return
         self.disconnect(engine)
         self.gone_at = now()
-        engine.crowded = False
         if engine.latest is not None and engine.latest.cause is None:
             engine.latest.cause = down.cause
         if down.next == "released":  # if it was to be retried, it still is not before its time
@@ -643,23 +671,6 @@ def now() -> float:
 def going_first(engine: Engine) -> tuple[bool, bool, float]:
     """The order in which engines make room."""
     return not engine.idle, engine.preloaded, engine.used_at
-
-
-def free_bytes(loading: list[Engine]) -> int:
-    """What is available beside a reserve, once those of `loading` that do have their weights."""
-    memory = psutil.virtual_memory()
-    pending = sum(engine.model.size_bytes for engine in loading if engine.state == "loading")
-    return max(0, memory.available - min(MOST_RESERVE, memory.total // RESERVE_SHARE) - pending)
-
-
-def in_words(model: Model) -> str:
-    """What it needs to be loaded, and for what."""
-    context = model.least_context * model.kv_bytes
-    step = model.needed_bytes - model.size_bytes - context
-    return (
-        f"{said(model.needed_bytes)} of memory ({said(model.size_bytes)} for its weights, {said(context)} for "
-        f"{model.least_context} tokens of context, {said(step)} for a step)"
-    )
 
 
 def said(count: int) -> str:

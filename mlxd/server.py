@@ -35,7 +35,6 @@ from mlxd.link import ChildSettings, Link, beat, become_child, child_settings, j
 from mlxd.messages import (
     PROTOCOL,
     Bye,
-    Crowded,
     Drain,
     EngineDown,
     EngineUp,
@@ -355,8 +354,6 @@ class Process:
                 await self.service.pool.engine_up(word)
             case EngineDown():
                 self.service.pool.engine_down(word)
-            case Crowded():
-                self.service.pool.engine_crowded(word)
             case Exited(record=record):
                 self.service.last_exit = record
             case Drain(limit_s=limit_s):

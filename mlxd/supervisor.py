@@ -61,6 +61,7 @@ from mlxd.notify import Notifier
 from mlxd.papers import Papers
 from mlxd.policy import Action, Event, Health, State
 from mlxd.ports import Port
+from mlxd.shares import Crowding
 from mlxd.standin import StandIn
 
 log = logging.getLogger("mlxd")
@@ -205,7 +206,7 @@ class Supervisor:
         self.server = Child("server", 0)
         self.handle(self.server, Event.WANTED)
         if not self.engines:
-            self.new_engine(None, "", preload=False)
+            self.new_engine(None)
 
     def stop(self, why: str) -> None:
         """Drain and stop; the second time skips the drain, the third kills."""
@@ -588,7 +589,7 @@ class Supervisor:
         spares = [engine for engine in self.engines if engine.model is None and engine.wanted]
         wanted = 2 if any(died > restless for engine in self.engines if engine.model for died in engine.deaths) else 1
         if len(spares) < wanted and psutil.virtual_memory().available >= self.config.supervisor.spare_bytes:
-            self.new_engine(None, "", preload=False)
+            self.new_engine(None)
         elif len(spares) > wanted:
             self.unwant(spares[-1])
 
@@ -697,9 +698,11 @@ class Supervisor:
                     one.refusal = word.text
             case messages.Want(model) if one.kind == "server":
                 # One that drains may still be asked for a model that nobody has loaded; about the others its successor decides.
-                lacking = one.state is State.DRAINING and all(engine.model != model for engine in self.engines)
-                if (one.state in SERVING or lacking) and not self.stopping:
+                there = next((engine for engine in self.engines if engine.model == model), None)
+                if (one.state in SERVING or (one.state is State.DRAINING and there is None)) and not self.stopping:
                     self.want(word)
+                elif one.state is State.DRAINING and there is not None and there.state is State.READY and one.link is not None:
+                    one.link.send(self.engine_up(there))
             case messages.Release(model) if one.kind == "server":
                 for engine in self.engines:
                     if engine.model == model and one.state in SERVING:
@@ -777,7 +780,7 @@ class Supervisor:
         """An engine for this model, from now on; the latest wish wins over a stop under way."""
         self.refusals.pop(word.model, None)
         known = any(engine.model == word.model for engine in self.engines)
-        if word.automatic and not known and (objection := self.boots.objection(word.model)):
+        if word.automatic and not known and (objection := self.boots.objection(word.model) or self.no_memory(word)):
             self.refusals[word.model] = objection
             self.tell_servers(EngineDown(0, word.model, objection, "refused"))
             return
@@ -794,14 +797,27 @@ class Supervisor:
                 self.handle(engine, Event.WANTED)
                 return
         if (spare := self.spare()) is None:
-            self.new_engine(word.model, word.directory, word.preload)
+            self.new_engine(word)
             return
-        spare.begin_anew(word.model, word.directory, word.preload)
+        spare.begin_anew(word)
         self.order(spare)
 
-    def new_engine(self, model: str | None, directory: str, preload: bool) -> None:
+    def no_memory(self, word: messages.Want) -> str:
+        """Why this model is not loaded unasked, in words; "" if it may be. Requests have others go for it, or are told more."""
+        left = self.share(None)
+        if word.needed_bytes <= left:
+            return ""
+        return (
+            f"{word.model} needs {word.needed_bytes / 1e9:.2f} GB of memory, and engine.memory_limit leaves {left / 1e9:.2f} GB: it is not "
+            "loaded before a request asks for it"
+        )
+
+    def new_engine(self, word: messages.Want | None) -> None:
+        """For a model, or a blank one."""
         slot = next(n for n in range(1, 10_000) if all(e.slot != n for e in self.engines))
-        engine = Child("engine", slot, model, directory, preload)
+        engine = Child("engine", slot)
+        if word is not None:
+            engine.begin_anew(word)
         self.engines.append(engine)
         self.handle(engine, Event.WANTED)
 
@@ -896,31 +912,34 @@ class Supervisor:
 
     # --- memory ------------------------------------------------------------------------------------------------------------------------
 
-    def share(self, one: Child) -> int:
-        """What this engine may take of memory: what those with other models leave."""
-        others = [engine.memory_bytes for engine in self.engines if engine is not one and engine.model is not None]
+    def share(self, one: Child | None) -> int:
+        """What this engine, or one more, may take of memory: what those with other models leave, or will leave once they are loaded."""
+        others = [
+            engine.memory_bytes if engine.ready_at else max(engine.memory_bytes, engine.needed_bytes)
+            for engine in self.engines
+            if engine is not one and engine.model is not None
+        ]
         return shares.share(shares.limit(self.config.engine.memory_limit), others)
 
     def look_at_memory(self, one: Child, now: float) -> None:
-        """Tell an engine what the others leave it now. One that has grown beyond that by itself is replaced: at once if it is far beyond, else
+        """Tell an engine what the others leave it now. One that has outgrown that by itself is replaced: at once if it is far beyond, else
         when it is idle, or after a while. Its requests go on in the next."""
         if one.kind != "engine" or one.state is not State.READY or one.link is None or one.model is None:
             return
         one.ready_bytes = one.ready_bytes or one.memory_bytes
         share_bytes = self.share(one)
         if abs(share_bytes - one.share_bytes) > shares.WORTH_TELLING * one.share_bytes:
-            one.share_bytes = share_bytes
+            one.share_bytes, one.shared_at = share_bytes, now
             one.link.send(messages.Share(share_bytes))
-        one.crowded_looks = one.crowded_looks + 1 if one.memory_bytes > shares.HARD * share_bytes else 0
-        crowding = shares.crowding(one.memory_bytes, one.ready_bytes, share_bytes, one.crowded_looks)
-        if crowding is shares.Crowding.FINE and one.crowded_at is None:
+        if now < one.shared_at + shares.GIVING_S:
             return
-        if one.crowded_at is None:
-            one.crowded_at = now
-            log.warning("%s takes %d of %d bytes and is replaced when it is idle", one.title, one.memory_bytes, share_bytes)
-            self.tell_servers(messages.Crowded(one.slot, one.model))
-        patient = now - one.crowded_at < shares.PATIENCE_S
-        if crowding is shares.Crowding.HARD or not one.counters.running or not patient:
+        crowding = shares.crowding(one.memory_bytes, one.ready_bytes, one.share_bytes)
+        one.crowded = [*one.crowded, now] if crowding is not Crowding.FINE else []
+        one.hard_looks = one.hard_looks + 1 if crowding is Crowding.HARD else 0
+        if len(one.crowded) < shares.LOOKS:
+            return
+        if one.hard_looks >= shares.LOOKS or not one.counters.running or now - one.crowded[0] > shares.PATIENCE_S:
+            log.warning("%s takes %d bytes, its share is %d", one.title, one.memory_bytes, one.share_bytes)
             one.suspicion = causes.GROWN.name
             self.handle(one, Event.RENEWED)
             one.ordered = one.alive

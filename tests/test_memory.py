@@ -17,7 +17,7 @@ import pytest
 from fake_ollama import fake_ollama
 from server_client import Background, Supervised, make_model, said, supervised, until
 
-from mlxd.messages import Crowded, Release, Want
+from mlxd.messages import Release, Want
 
 MB = 10**6
 #: Room for two of the models of 400 MB that the tests have, and not for three.
@@ -86,11 +86,13 @@ def test_a_model_that_can_never_fit_is_a_507_that_says_what_would_in_each_dialec
             told = answer.json()["error"]
             text = told if isinstance(told, str) else told["message"]
             assert "huge:latest cannot be loaded: it needs 5.0" in text
-            assert "engine.memory_limit leaves 1.00 GB; raise engine.memory_limit (1.00 GB for all engines), use a smaller" in text
-            assert "tokens of context would fit" not in text
+            assert (
+                "engine.memory_limit leaves 1.00 GB; raise engine.memory_limit (1.00 GB for all engines), or use a smaller" in text
+            )
+            assert "context_length" not in text
         told = ask(server, "long").json()["error"]
         assert "0.08 GB for 2048 tokens of context" in told
-        assert " tokens of context would fit; " in told
+        assert "; set models.context_length to 4" in told and " at most, which would fit, or raise engine.memory_limit" in told
         assert models(server, Want) == []
         assert ask(server, "small").status_code == 200
 
@@ -103,13 +105,10 @@ def test_a_model_larger_than_what_is_available_is_a_507(home: Path) -> None:
         assert "GB are available; end other programs, or use a smaller model" in answer.json()["error"]
 
 
-def test_a_preload_that_does_not_fit_is_told_in_health_and_the_others_are_loaded(home: Path) -> None:
-    preload = {"preload": ["a", "b", "c"]}
-    with serving(home, dict.fromkeys("abc", 400 * MB), engine=TWO, models=preload) as server:
-        until("two are loaded", lambda: [e["state"] for e in server.health()["engines"]] == ["ready"] * 2, server.told)
-        told = server.health()
-        assert (told["status"], "c:latest cannot be loaded" in told["reason"]) == ("degraded", True)
-        assert ask(server, "c").status_code == 200  # a request may have what was only loaded beforehand go
+def test_the_supervisor_is_told_what_a_preload_needs(home: Path) -> None:
+    with serving(home, {"a": 400 * MB}, models={"preload": ["a"]}) as server:
+        want = server.expect("a want", lambda word: isinstance(word, Want))
+        assert (want.automatic, want.needed_bytes >= 400 * MB) == (True, True)
 
 
 # --- pinned ------------------------------------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ def test_with_as_many_pinned_as_may_be_loaded_another_is_refused(home: Path) -> 
     with supervised(home, ("a", "b"), models={"pin": ["a"], "max_cached": 1}) as server:
         told = ask(server, "b")
         assert told.status_code == 507
-        assert "models.max_cached (MLX_MAX_CACHED_MODELS) is 1; unload a:latest" in told.json()["error"]
+        assert "(MLX_MAX_CACHED_MODELS) is 1, and so many are pinned; unload a:latest" in told.json()["error"]
 
 
 # --- turns -------------------------------------------------------------------------------------------------------------------------
@@ -171,18 +170,27 @@ def test_a_model_that_is_always_busy_gives_another_its_turn(home: Path) -> None:
         assert models(server, Want)[:2] == ["a", "b"]
 
 
-def test_an_engine_that_takes_too_much_memory_gets_no_more_requests_and_ends_those_it_has(home: Path) -> None:
-    with supervised(home) as server:
-        running = asking(server, "tiny", "n=30 delay=0.05")
-        until("it runs", lambda: server.health()["queue"]["running"] == 1, server.told)
-        server.say(Crowded(1, "tiny:latest"))
-        late = asking(server, "tiny", "n=1")
-        until("it waits", lambda: server.health()["queue"] == {"running": 1, "waiting": 1}, server.told)
-        assert running.result().status_code == 200
-        assert server.health()["queue"] == {"running": 0, "waiting": 1}
-        server.engines[0].kill()  # its supervisor would, now that it is idle
-        assert late.result().status_code == 200
-        assert len(server.engines) == 2
+def test_two_models_that_load_slowly_do_not_cancel_each_others_load(home: Path) -> None:
+    """Each takes longer to load than its turn is long."""
+    settings: dict[str, Any] = {"models": {"max_cached": 1}, "server": {"queue_wait_s": 2.0}}
+    with supervised(home, ("held-a", "held-b"), **settings) as server:
+        first = asking(server, "held-a")
+        until("a is wanted", lambda: models(server, Want) == ["held-a"], server.told)
+        second = asking(server, "held-b")
+        server.let_pass(1)
+        assert models(server, Release) == []
+        server.let_up()
+        assert first.result().status_code == 200
+        until("b is wanted", lambda: models(server, Want) == ["held-a", "held-b"], server.told)
+        server.let_up()
+        assert second.result().status_code == 200
+
+
+def test_a_pinned_model_stays_whatever_a_client_says_of_its_keep_alive(home: Path) -> None:
+    with supervised(home, models={"pin": ["tiny"]}) as server:
+        assert ask(server, "tiny", keep_alive=0.2).status_code == 200
+        server.let_pass(2)
+        assert models(server, Release) == []
 
 
 # --- Ollama ------------------------------------------------------------------------------------------------------------------------

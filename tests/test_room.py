@@ -43,7 +43,8 @@ class Thread:
         """From now on, and no prefix is left of what was before."""
         room = self.batch.room
         self.do(lambda tick: self.batch.prefixes.shrink(0))
-        self.batch.limit(math.ceil((room.taken + rows * room.row(tokens)) / USABLE))
+        room.least = 0  # else a row of 2,048 tokens would fit whatever the share
+        self.batch.limit(math.ceil(room.taken + rows * room.row(tokens) / USABLE))
         self.most, self.waited = 0, False
 
     def do(self, work: Callable[[Tick], Any]) -> Any:
@@ -121,13 +122,24 @@ def test_prefixes_give_way_before_a_request_waits(builtin: Thread) -> None:
     held = builtin.batch.prefixes.bytes
     assert held > 0
     room = builtin.batch.room
-    builtin.batch.limit(math.ceil((room.taken + 4 * room.row(STEP) + held / 2) / USABLE))
+    builtin.batch.limit(math.ceil(room.taken + (4 * room.row(STEP) + held / 2) / USABLE))
     builtin.most, builtin.waited = 0, False
     seen: list[int] = []
     new = [Row(n, [5 + n] * 200, Draw(Sampling(seed=0), 200), 2) for n in range(4)]
     builtin.run(new, lambda tick: seen.append(builtin.batch.prefixes.bytes))
     assert (builtin.most, builtin.waited) == (4, False)
     assert min(seen) < held
+
+
+def test_a_conversation_that_takes_most_of_the_room_reuses_its_beginning_all_the_same(builtin: Thread) -> None:
+    builtin.have_room_for(1.5, 2 * STEP)
+    first = Row("first", [7] * 300, Draw(Sampling(seed=0), 300), 1)
+    builtin.run([first])
+    ids = [7] * 300 + [9] * 20
+    cached: list[int] = []
+    again = Row("again", ids, Draw(Sampling(seed=0), len(ids)), 1)
+    builtin.run([again], lambda tick: cached.extend(held for row, held in tick.accepted if row is again))
+    assert cached == [300]
 
 
 def test_an_idle_engine_gives_up_prefixes_when_its_share_shrinks(builtin: Thread) -> None:
@@ -188,10 +200,11 @@ def test_what_rows_take_is_what_was_measured_at_one(tmp_path: Path, config: dict
 
 def test_the_longest_row_that_fits_is_found() -> None:
     room = Room(share=1_000_000, taken=300_000, layers=[Layer(fixed=1000), Layer(per_token=100), Layer(per_token=50, most=512)])
-    assert room.bytes == 500_000
+    assert room.bytes == 560_000
     most = room.most_tokens
     assert room.row(most) <= room.bytes < room.row(most + 1)
     assert Room(share=100, taken=300, layers=[Layer(per_token=1)]).most_tokens == 0
+    assert Room(share=100, taken=300, layers=[Layer(per_token=1)], least=2048).most_tokens == 2048
     assert Room(layers=[Layer(per_token=1)]).most_tokens > 10**9
     assert Room(share=1000, layers=[Layer(fixed=10)]).most_tokens > 10**9
 

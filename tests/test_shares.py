@@ -30,25 +30,27 @@ def test_an_engine_may_take_what_the_others_leave_and_never_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("footprint", "at_ready", "looks", "expected"),
+    ("footprint", "at_ready", "expected"),
     [
-        (84, 50, 0, Crowding.FINE),
-        (86, 50, 0, Crowding.SOFT),
-        (96, 50, 1, Crowding.SOFT),
-        (96, 50, 2, Crowding.SOFT),
-        (96, 50, 3, Crowding.HARD),
-        (96, 76, 9, Crowding.FINE),  # the next would be as large
+        (18, 10, Crowding.FINE),
+        (19, 10, Crowding.SOFT),
+        (19.6, 10, Crowding.HARD),
+        (19.8, 19, Crowding.FINE),  # a process that has just loaded would have as little room
+        (25, 20.5, Crowding.FINE),
     ],
 )
-def test_what_has_grown_is_replaced_and_what_was_born_large_is_not(
-    footprint: int, at_ready: int, looks: int, expected: Crowding
-) -> None:
-    assert shares.crowding(footprint, at_ready, 100, looks) is expected
+def test_what_has_outgrown_its_share_is_replaced_if_that_helps(footprint: float, at_ready: float, expected: Crowding) -> None:
+    assert shares.crowding(int(footprint * GB), int(at_ready * GB), 20 * GB) is expected
+
+
+def test_a_little_growth_is_no_reason_to_load_a_model_again() -> None:
+    assert shares.crowding(250_000_000, 50_000_000, 200_000_000) is Crowding.FINE
+    assert shares.crowding(350_000_000, 50_000_000, 200_000_000) is Crowding.HARD
 
 
 @pytest.mark.parametrize("how", ["", "--crawl 1"], ids=["idle", "at work"])
 def test_an_engine_that_leaks_is_replaced_before_the_machine_suffers(daemon: Make, home: Path, how: str) -> None:
-    """F47. An idle one at the soft mark, one that works at the hard one; neither counts towards a cool-down."""
+    """F47. An idle one at the soft mark, one that works at the hard one."""
     engine = f"--grow 50 {how} --first 1 {home}/engine"
     d = daemon(server="--want a:latest", engine=engine, MLXD_ENGINE_MEMORY_LIMIT=str(400 * 2**20))
     d.start()
@@ -56,8 +58,7 @@ def test_an_engine_that_leaks_is_replaced_before_the_machine_suffers(daemon: Mak
     told: dict[str, Any] = d.until("another", lambda s: s["state"] == "ready" and engine_of(s)["restarts"] == 1)
     assert engine_of(told)["memory_bytes"] < 200 * 2**20
     record = d.exits()[0]
-    mark = shares.HARD if how else shares.SOFT
-    assert mark * 400 * 2**20 < record["memory_bytes"] < 700 * 2**20
+    assert shares.WORTH_REPLACING < record["memory_bytes"] < 2**30
     assert "took more memory than its share; a new process has it back" in record["remedy"]
 
 

@@ -20,7 +20,7 @@ from mlxd.api.exchange import Exchange, Filler
 from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
-from mlxd.fallback import HURRY_S, Fallback
+from mlxd.fallback import HURRY_S, Fallback, address
 from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.models import BUILTIN, Catalogue, Model
@@ -122,7 +122,9 @@ class Service:
             await asyncio.to_thread(self.catalogue.delete, place)
 
     def avoid_loop(self, ports: set[int]) -> None:
-        """No fallback if it leads to one of the ports that we listen on."""
+        """No fallback, and no Ollama to be asked for its memory, if it leads to one of the ports that we listen on."""
+        if address(self.config.ollama.url).is_ours(ports, self.policy):
+            self.pool.ask_neighbour = None
         if self.fallback is not None and self.fallback.address.is_ours(ports, self.policy):
             place = self.fallback.address
             self.problems.append(f"the fallback is off: {place} is mlxd itself; set [ollama] url (OLLAMA_URL) to Ollama's address")

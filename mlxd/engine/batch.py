@@ -240,7 +240,8 @@ class Batch:
                     raise MemoryError(f"address space is limited (ulimit -v): {error}") from error
                 raise
             raise Broken(f"{'mlxd' if encodes else 'mlx-lm'} cannot load it: {type(error).__name__}: {error}") from error
-        mx.set_cache_limit(max(LEAST_CACHE_LIMIT, self.counters.loaded // 8))
+        cache_limit = max(LEAST_CACHE_LIMIT, self.counters.loaded // 8)
+        mx.set_cache_limit(cache_limit)
         tuning = load.tuning
         self.prefill_tokens = tuning.prefill_tokens or self.prefill_tokens
         opened = Opened(tokenizer, context_length(config), vocabulary_size(config, tokenizer))
@@ -256,7 +257,9 @@ class Batch:
             return opened
         opened.grammars = Grammars(tokenizer)
         most = tuning.max_concurrent or self.config.server.max_concurrent
-        self.room.taken = blank_bytes + self.counters.loaded + estimate.prefill_bytes(config, self.prefill_tokens)
+        step_bytes = estimate.prefill_bytes(config, self.prefill_tokens)
+        self.room.taken = blank_bytes + self.counters.loaded + cache_limit + step_bytes
+        self.room.least = min(opened.context_length, estimate.LEAST_CONTEXT)
         self.generator = generate.BatchGenerator(
             model,
             stop_tokens=[(token,) for token in sorted(tokenizer.eos_token_ids)],
@@ -327,6 +330,7 @@ class Batch:
         )
         row.done = cached
         self.rows[row.uid] = row
+        self.fit()  # after the index was asked: what it gives may leave no room for what it keeps
         if not row.accepted:
             row.accepted = True
             tick.accepted.append((row, cached))
@@ -352,28 +356,28 @@ class Batch:
     # --- memory --------------------------------------------------------------------------------------------------------
 
     def has_room(self, row: Row) -> bool:
-        """Whether a row can begin beside those that run; alone it always can. The prefix index gives way first."""
-        return self.fits(len(self.rows) + 1, max(row.length, self.longest)) or not self.rows
+        """Whether a row can begin beside those that run; alone it always can."""
+        return not self.rows or self.room.rows(len(self.rows) + 1, max(row.length, self.longest) + 1) <= self.room.bytes
 
     def mind_the_room(self) -> None:
         """Put back the rows that came last while all together would take more than there is: they begin again when others have ended. One
         always runs."""
-        while len(self.rows) > 1 and not self.fits(len(self.rows), self.longest):
+        while not self.fit() and len(self.rows) > 1:
             last = self.rows.popitem()[1]
             self.generator.remove([last.uid])
             last.put_back()
             self.waiting.appendleft(last)
             log.info("a request waits for memory: %d tokens, beside %d others", last.length, len(self.rows))
 
+    def fit(self) -> bool:
+        """Whether there is room for the next token of every row; what prefixes take of it they give up."""
+        needed = self.room.rows(len(self.rows), self.longest + 1) if self.rows else 0
+        self.prefixes.shrink(max(0, self.room.bytes - needed))
+        return needed <= self.room.bytes
+
     @property
     def longest(self) -> int:
         return max((row.length for row in self.rows.values()), default=0)
-
-    def fits(self, count: int, longest: int) -> bool:
-        """So many rows, the longest of which gets its next token."""
-        needed = self.room.rows(count, longest + 1)
-        self.prefixes.shrink(max(0, self.room.bytes - needed))
-        return needed <= self.room.bytes
 
     def begin(self, texts: Texts, tick: Tick) -> None:
         assert self.embedder is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 #: Caches grow by so many tokens at once (mlx-lm's KVCache.step).
 STEP = 256
-#: Of an engine's share of memory. At 0.85 mlxd replaces it when it is idle, at 0.95 in any case.
+#: Of what an engine's model leaves of its share. At 0.85 mlxd replaces it when it is idle, at 0.95 in any case (`shares.py`).
 USABLE = 0.8
 
 
@@ -49,17 +49,19 @@ def flat(cache: list[Any]) -> list[Any]:
 
 
 class Room:
-    """`share`: what the engine may take of memory in all, bytes; `taken`: what its weights and a step take of it."""
+    """`share`: what the engine may take of memory in all, bytes; `taken`: what its weights and a step take of it. A row of `least` tokens
+    always fits: with less room the model is not loaded."""
 
-    def __init__(self, share: float = math.inf, taken: int = 0, layers: list[Layer] | None = None):
+    def __init__(self, share: float = math.inf, taken: int = 0, layers: list[Layer] | None = None, least: int = 0):
         self.share = share
         self.taken = taken
         self.layers = layers or []
+        self.least = least
 
     @property
     def bytes(self) -> float:
         """For the caches of all rows, and for the prefix index."""
-        return max(0.0, self.share * USABLE - self.taken)
+        return max((self.share - self.taken) * USABLE, self.row(self.least))
 
     def row(self, tokens: int) -> float:
         return sum(layer.bytes(grown(tokens)) for layer in self.layers)

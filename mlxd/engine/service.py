@@ -359,11 +359,13 @@ class Service:
             self.finish(job, "length")
             return
         ids = prompt.ids + submit.emitted
-        if len(ids) >= (most := self.batch.room.most_tokens):
-            self.fail(job, 507, self.lack(len(ids), most), "insufficient_memory")
-            return
+        if not submit.emitted:  # what has begun goes on, alone if need be
+            if len(ids) >= (most := self.batch.room.most_tokens):
+                self.fail(job, 507, self.lack(len(ids), most), "insufficient_memory")
+                return
+            left = min(left, most - len(ids))
         draw = Draw(submit.sampling, len(prompt.ids), job.constraint, submit.top_logprobs)
-        job.row = Row(job, ids, draw, min(left, most - len(ids)))
+        job.row = Row(job, ids, draw, left)
         self.batch.admit(job.row)
 
     def lack(self, tokens: int, most: int) -> str:
