@@ -30,6 +30,9 @@ BUILTIN = "mlxd-tiny:latest"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters.
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
+#: The hub's own limit, and what it has in no name: the cache writes "/" as "--".
+MOST_REPOSITORY = 96
+NOT_IN_REPOSITORY = re.compile(r"--|[.-](?:/|$)|\.git(?:/|$)", re.IGNORECASE)
 #: Bits of the dtypes that safetensors knows, of those models come in.
 DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U32": 32, "U8": 8, "BOOL": 8}
 
@@ -102,6 +105,26 @@ def canonical(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + ":latest"
 
 
+def repository_of(name: str) -> str:
+    """The repository of the Hugging Face hub that a name means: `org/repo`. Raises Refused: 400 for what can be none, 404 without an `org`."""
+    path, _, tag = canonical(name).rpartition(":")
+    parts = path.split("/")
+    if len(parts) == 1:
+        raise Refused(
+            404,
+            f"model '{name}' not found; a model is pulled from the Hugging Face hub by its repository's name, org/repo, such as "
+            "mlx-community/NAME",
+            code="model_not_found",
+        )
+    if len(parts) > 2 or ":" in path:
+        raise Refused(400, "a host cannot be named: write org/repo; the hub is the one in mlxd's own HF_ENDPOINT")
+    if tag.lower() != "latest":
+        raise Refused(400, f"a repository of the Hugging Face hub has no tag '{tag}': write {path}")
+    if len(path) > MOST_REPOSITORY or NOT_IN_REPOSITORY.search(path):
+        raise Refused(400, "invalid model name: the Hugging Face hub has none like it")
+    return path
+
+
 class Place(NamedTuple):
     """Where a model lies, whole or broken."""
 
@@ -167,6 +190,16 @@ class Catalogue:
         if key in self.found:
             return Place(self.found[key].name, self.found[key].directory)
         return self.broken[key][0] if key in self.broken else None
+
+    def to_pull(self, name: str) -> str:
+        """The repository to be pulled for the model called so; "" when it is here and did not come from the hub. Raises Refused."""
+        try:
+            model = self.find(name)
+        except Refused:
+            if (place := self.place(name)) is not None and self.hub not in place.directory.parents:
+                raise  # broken, and what is pulled would not be seen beside it
+            return repository_of(name)
+        return repository_of(model.name) if model.alias is None and self.hub in model.directory.parents else ""
 
     def delete(self, place: Place) -> None:
         """Its files, for good. Raises Refused."""
@@ -252,6 +285,12 @@ def candidates(root: Path, hub: Path) -> Iterator[tuple[str, Path]]:
         kind, _, name = repository.name.partition("--")
         if kind == "models" and (snapshot := current_snapshot(repository)) and looks_like_model(snapshot):
             yield tagged(name.replace("--", "/", 1)), snapshot
+
+
+def repository_directory(hub: Path, repository: str) -> Path:
+    """Where the hub's cache has it, or will; one that is there in other letters is the same, as it is on the hub."""
+    name = "models--" + repository.replace("/", "--")
+    return next((found for found in subdirectories(hub) if found.name.lower() == name.lower()), hub / name)
 
 
 def subdirectories(directory: Path) -> list[Path]:
