@@ -70,13 +70,16 @@ class Tree(NamedTuple):
 
 
 class Hub:
-    """`timeout_s`: of an answer's beginning, and of each piece of it. Raises MlxdError when HF_ENDPOINT is no URL."""
+    """`token`: "" for none, None for that of HF_TOKEN or `hf auth login`. `timeout_s`: of an answer's beginning, and of each piece of it.
+    Raises MlxdError when HF_ENDPOINT is no URL."""
 
-    def __init__(self, timeout_s: float = constants.HF_HUB_DOWNLOAD_TIMEOUT):
+    def __init__(
+        self, url: str = constants.ENDPOINT, token: str | None = None, timeout_s: float = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    ):
+        self.url = base_url(url, "HF_ENDPOINT")
+        self.token = get_token() if token is None else token
         self.timeout_s = timeout_s
-        self.url = base_url(constants.ENDPOINT, "HF_ENDPOINT")
         self.host = urlsplit(self.url).netloc.rpartition("@")[2]
-        self.token = get_token()
 
     def tree(self, repository: str) -> Tree:
         """The main branch of `org/repo`, as it is now. Raises Trouble, Refused (Unreachable when nobody may be asked)."""
@@ -117,7 +120,7 @@ class Hub:
         if isinstance(error, OfflineModeIsEnabled):
             return Unreachable("HF_HUB_OFFLINE is set; unset it to pull models")
         if isinstance(error, GatedRepoError):
-            return Refused(502, f"{repository} is gated: accept its licence at {self.url}/{repository} and {self.remedy}")
+            return Refused(502, f"{repository} is gated: accept its licence at {self.host}/{repository} and {self.remedy}")
         if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
             return Refused(
                 404, f"model '{repository}' not found on {self.host}; check the name, or, if it is private, {self.remedy}"

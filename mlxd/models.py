@@ -136,7 +136,7 @@ class Catalogue:
     """The models on this machine, by name. Looking is cheap: a directory is read again only when it has changed. A model's own name comes
     before an alias; an alias without its model is not there, and is again when the model is.
 
-    `known` does one stat, or two; the rest looks at many files, and may be called in any thread.
+    `known` does a few stats; the rest looks at many files, and may be called in any thread.
     """
 
     def __init__(self, root: str, environ: Mapping[str, str] = os.environ, aliases: Aliases | None = None):
@@ -155,6 +155,8 @@ class Catalogue:
         model = self.found.get(alias.base.lower() if alias else key)
         if model is None or self.seen.get(model.directory, (None,))[0] != stamp(model.directory):
             return None
+        if self.hub in model.directory.parents and current_snapshot(model.directory.parent.parent) != model.directory:
+            return None  # pulled again meanwhile
         return model.called(alias) if alias else model
 
     def find(self, name: str) -> Model:

@@ -57,10 +57,11 @@ T = TypeVar("T")
 
 
 class Pull:
-    """One repository, `org/repo`, on its way into the cache at `cache`. `moved`: bytes that have been read or written."""
+    """One repository, `org/repo`, on its way into the cache at `cache`. `moved`: bytes that have come."""
 
-    def __init__(self, repository: str, cache: Path, limits: Limits, say: Say):
+    def __init__(self, repository: str, cache: Path, hub: Hub, limits: Limits, say: Say):
         self.repository = repository
+        self.hub = hub
         self.directory = models.repository_directory(cache, repository)
         self.blobs = self.directory / "blobs"
         self.lock_file = cache / ".locks" / self.directory.name / "mlxd.lock"
@@ -76,7 +77,6 @@ class Pull:
         try:
             with self.alone():
                 self.say("pulling manifest")
-                self.hub = Hub()
                 if (tree := self.newer()) is not None:
                     self.bring(tree)
         except OSError as error:
@@ -373,6 +373,7 @@ class Process:
         self.settings = settings
         self.link = mine
         self.pull: Pull | None = None
+        self.task: asyncio.Task[None] | None = None
         self.loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
@@ -383,23 +384,23 @@ class Process:
 
     async def handle(self, word: SupervisorWord) -> None:
         match word:
-            case Fetch(name) if self.pull is None:
+            case Fetch(name) if self.task is None:
                 self.link.send(Ready(name))
-                self.pull = Pull(name, models.hub_directory(os.environ), self.settings.config.supervisor, self.say)
-                self.task = asyncio.create_task(self.work(self.pull))
+                self.task = asyncio.create_task(self.work(name))
                 self.task.add_done_callback(died)
             case Stop():
                 link.leave(0)  # what has come is on the disk
             case Reopen():
                 link.reopen_log(self.settings.log)
 
-    async def work(self, pull: Pull) -> None:
-        """To its end, good or bad, and with it that of the process."""
+    async def work(self, repository: str) -> None:
+        """A pull to its end, good or bad, and with it that of the process."""
         try:
-            await asyncio.to_thread(pull.run)
-            end = Fetched(pull.repository)
+            self.pull = Pull(repository, models.hub_directory(os.environ), Hub(), self.settings.config.supervisor, self.say)
+            await asyncio.to_thread(self.pull.run)
+            end = Fetched(repository)
         except MlxdError as error:
-            end = Fetched(pull.repository, str(error), error.status if isinstance(error, Refused) else 502)
+            end = Fetched(repository, str(error), error.status if isinstance(error, Refused) else 502)
         self.link.send(end)
         self.link.send(Bye("stopped"))
         await self.link.writer.drain()
@@ -438,7 +439,7 @@ def by_hand(name: str) -> int:
         settings = config.load(where.config, [where.env_file]).config
         catalogue = models.Catalogue(settings.models.dir, aliases=Aliases(where.aliases))
         if repository := catalogue.to_pull(name):
-            Pull(repository, catalogue.hub, settings.supervisor, show).run()
+            Pull(repository, catalogue.hub, Hub(), settings.supervisor, show).run()
         show(Fetched(name))
     except MlxdError as error:
         show(Fetched(name, str(error)))

@@ -26,6 +26,7 @@ from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, E
 from mlxd.modelfiles import Broken
 from mlxd.models import BUILTIN, Catalogue, Model, canonical, unknown
 from mlxd.pool import Engine, Pool, keep_alive_s
+from mlxd.pulls import Pulls
 from mlxd.ratelimit import RateLimit
 from mlxd.tokens import Tokens
 from mlxd.uploads import Uploads
@@ -82,6 +83,7 @@ class Service:
         self.journal = Journal(server.poison_s)
         self.store = Store()
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up)
+        self.pulls = Pulls(say or (lambda word: None))
         self.policy = guard.Policy(tuple(server.origins), strict_host=config.security.strict_host)
         self.tokens: Tokens | None = None
         self.exchanges: set[Exchange] = set()

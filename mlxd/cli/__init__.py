@@ -27,6 +27,7 @@ GROUPS = {
         "uninstall": "uninstall",
     },
     "Look at it": {"status": "look", "logs": "look", "events": "look"},
+    "Models": {"pull": "pull"},
     "Use it": {"env": "services"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
