@@ -57,6 +57,8 @@ def pull(name: str, json_: bool) -> None:
 
 def lines(name: str) -> Generator[Line]:
     """What Ollama's API says of a pull, up to its success or error: of the daemon's, or of our own where none runs. Raises MlxdError."""
+    from mlxd import tokens
+
     where = paths.locate()
     for _ in range(TRIES):
         try:
@@ -65,19 +67,11 @@ def lines(name: str) -> Generator[Line]:
             yield from by_itself(where, name)
             return
         try:
-            yield from through_daemon(url, token(where), name)
+            yield from through_daemon(url, tokens.for_commands(where.token), name)
             return
         except (OSError, http.client.HTTPException, ValueError):
             click.echo("the server ended meanwhile; asking the next one", err=True)
     raise MlxdError("mlxd does not answer; look at `mlxd status` and `mlxd logs --server`")
-
-
-def token(where: paths.Paths) -> str:
-    """An admin's token, "" where none is needed. Raises ConfigError."""
-    from mlxd import tokens
-
-    data = paths.read_private(where.token, tokens.MAX_FILE_BYTES)
-    return max(tokens.parse(data, where.token).secrets)[1].decode() if data is not None else ""
 
 
 def through_daemon(url: str, token: str, name: str) -> Generator[Line]:
