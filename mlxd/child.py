@@ -29,7 +29,7 @@ from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
 from mlxd.logs import timestamp
-from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning
+from mlxd.messages import Bye, Counters, ExitRecord, Fetching, Reopen, Tuning
 from mlxd.paths import Paths, open_log_anyway, opened, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
@@ -87,6 +87,7 @@ class Child:
     hold_cause: Literal["", "fault", "memory"] = ""
     unfit_program: str = ""  # what lay in the place of a program that could not be started
     wanted_by: set[int] = field(default_factory=set)  # of a puller: the servers, by pid
+    fetching: Fetching | None = None  # of a puller: what was said last
     restarts: int = 0
     trial: bool = False
     died_of: str = ""  # the cause of the last death

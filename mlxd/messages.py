@@ -143,8 +143,8 @@ class Stalled(Struct, tag="stalled", tag_field="word"):
 
 
 class Fetch(Struct, tag="fetch", tag_field="word"):
-    """Server -> supervisor: a client of mine wants the repository `name` of the hub in the cache. Supervisor -> puller: bring it. Saying it
-    again changes nothing."""
+    """Server -> supervisor: a client of mine wants the repository `name` of the hub in the cache. Supervisor -> puller: bring it. Said
+    again, it is answered with what was said last of it."""
 
     name: str
 

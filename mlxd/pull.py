@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 
 class Pull:
-    """One repository, `org/repo`, on its way into the cache at `cache`. `moved`: bytes that have come."""
+    """One repository, `org/repo`, on its way into the cache at `cache`. `moved`: bytes that have come, those that came again not counted."""
 
     def __init__(self, repository: str, cache: Path, hub: Hub, limits: Limits, say: Say):
         self.repository = repository
@@ -127,10 +127,8 @@ class Pull:
 
     def check_room(self, files: list[File]) -> None:
         """Raises Refused when the disk has no room for what is still to come."""
-        need, free = (
-            int(ROOM * sum(file.size - self.held_bytes(file) for file in files)),
-            shutil.disk_usage(self.lock_file.parent).free,
-        )
+        need = int(ROOM * sum(file.size - self.held_bytes(file) for file in files))
+        free = shutil.disk_usage(self.lock_file.parent).free
         if need > free:
             raise Refused(
                 507,
@@ -256,18 +254,20 @@ class Pull:
 
 
 class Partial:
-    """A file's bytes on the disk as far as they have come, and their digest. `progress` is told of what comes, and of what was there."""
+    """A file's bytes on the disk as far as they have come, and their digest. `progress` is told of all, and how many are new."""
 
     def __init__(self, path: Path, file: File, progress: Callable[[File, int, int], None]):
         """Raises OSError."""
         self.file = file
         self.progress = progress
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.fd = paths.open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        self.furthest = file.size  # what is here already is no progress
         self.reset()
         while self.size <= file.size and (piece := os.read(self.fd, PIECE_BYTES)):
-            self.count(piece, 0)
+            self.count(piece)
         if self.size > file.size:
             self.restart()
+        self.furthest = self.size
 
     def __enter__(self) -> Partial:
         return self
@@ -289,12 +289,14 @@ class Partial:
         unwritten = memoryview(piece)
         while unwritten:
             unwritten = unwritten[os.write(self.fd, unwritten) :]
-        self.count(piece, len(piece))
+        self.count(piece)
 
-    def count(self, piece: bytes, moved: int) -> None:
+    def count(self, piece: bytes) -> None:
         self.size += len(piece)
         self.hash.update(piece)
-        self.progress(self.file, self.size, moved)
+        gained = max(0, self.size - self.furthest)
+        self.furthest += gained
+        self.progress(self.file, self.size, gained)
 
     def is_right(self) -> bool:
         return self.size == self.file.size and self.hash.hexdigest() == self.file.digest

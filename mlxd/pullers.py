@@ -37,15 +37,15 @@ def fetch(s: Supervisor, server: Child, name: str) -> None:
     one = find(s, name)
     if one is None:
         slot = next(n for n in range(1, 10_000) if all(p.slot != n for p in s.pullers))
-        one = Child("puller", slot, name)
+        one = Child("puller", slot, name, fetching=Fetching(name, WAITING))
         s.pullers.append(one)
     one.wanted = True
     one.wanted_by.add(server.pid)
     if one.state is not State.STOPPED:
         s.handle(one, Event.WANTED)
     begin(s)
-    if one.state is State.STOPPED:
-        server.link.send(Fetching(name, WAITING))
+    if one.fetching is not None:
+        server.link.send(one.fetching)
 
 
 def abandon(s: Supervisor, pid: int, name: str | None = None) -> None:
@@ -63,6 +63,7 @@ def begin(s: Supervisor) -> None:
         return
     for one in list(s.pullers):
         if one.state is State.STOPPED and sum(p.state is not State.STOPPED for p in s.pullers) < MOST:
+            one.fetching = None
             s.handle(one, Event.WANTED)
 
 
@@ -76,6 +77,9 @@ def tell(s: Supervisor, one: Child, word: Fetching | Fetched) -> None:
                 server.link.offer(word)
     if isinstance(word, Fetched):
         one.wanted_by.clear()
+        one.fetching = None
+    else:
+        one.fetching = word
 
 
 def end(s: Supervisor, one: Child, word: Fetched) -> None:

@@ -47,14 +47,11 @@ class Pulls:
     def __init__(self, say: Callable[[ChildWord], None]):
         self.say = say
         self.followers: dict[str, list[Follower]] = {}  # by the name of the repository in lower case
-        self.last: dict[str, Fetching] = {}
 
     @contextlib.contextmanager
     def following(self, name: str) -> Iterator[Follower]:
-        """Want the repository meanwhile."""
+        """Want the repository meanwhile. The supervisor answers each wish with what was said last."""
         key, follower = name.lower(), Follower()
-        if key in self.last:
-            follower.hear(self.last[key])
         self.followers.setdefault(key, []).append(follower)
         self.say(Fetch(name))
         try:
@@ -63,7 +60,7 @@ class Pulls:
             if follower.end is None:
                 self.followers[key].remove(follower)
                 if not self.followers[key]:
-                    self.forget(key)
+                    del self.followers[key]
                     self.say(Abandon(name))
 
     def hear(self, word: Fetching | Fetched) -> None:
@@ -75,13 +72,7 @@ class Pulls:
         for follower in self.followers[key]:
             follower.hear(word)
         if isinstance(word, Fetched):
-            self.forget(key)
-        else:
-            self.last[key] = word
-
-    def forget(self, key: str) -> None:
-        del self.followers[key]
-        self.last.pop(key, None)
+            del self.followers[key]
 
 
 def told(word: Fetching | Fetched) -> dict[str, Any]:

@@ -36,12 +36,13 @@ class Seen(NamedTuple):
 class Fault:
     """What happens to the next `times` answers for a file, or to the question what there is (""). `at`: after so many bytes.
 
-    wrong: a byte is another one; truncate, reset: the connection ends; stall: nothing more comes until the hub is closed; whole: the range is
-    not heeded; a number: that status."""
+    wrong: a byte is another one; truncate, reset: the connection ends; stall: nothing more comes until the hub is closed; a number: that
+    status. Without `ranges` the whole file is sent, whatever was asked for."""
 
     kind: str | int
     times: int = 1
     at: int = 0
+    ranges: bool = True
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -187,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(416, b"")
             return
         kind = fault.kind if fault is not None else ""
-        start = 0 if kind == "whole" else start
+        start = start if fault is None or fault.ranges else 0
         body = bytearray(data[start:])
         if kind == "wrong":
             body[len(body) // 2] ^= 1

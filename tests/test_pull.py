@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import ollama
 import pytest
 from conftest import Daemon, eventually
 from hub import BUILTIN, Fault, Hub, Repository, builtin_repository, hub
@@ -431,9 +433,15 @@ def test_a_hub_that_knows_no_ranges_begins_anew(puller: Puller, there: Hub) -> N
     path = puller.cache / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
     path.parent.mkdir(parents=True)
     path.write_bytes(WEIGHTS[:HALF])
-    there.faults["model.safetensors"] = Fault("whole")
+    there.faults["model.safetensors"] = Fault("", ranges=False)
     puller.pull()
     assert there.starts() == [HALF] and (current(puller.cache) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_rel_19_the_same_bytes_again_and_again_are_no_progress(puller: Puller, there: Hub) -> None:
+    there.faults["model.safetensors"] = Fault("truncate", times=100, at=HALF, ranges=False)
+    assert "it goes on where it stopped" in str(puller.refused())
+    assert len(there.starts()) == 8
 
 
 @pytest.mark.parametrize("left", [WEIGHTS[:HALF], bytes(HALF), WEIGHTS, WEIGHTS + b"more"], ids=["half", "wrong", "whole", "long"])
@@ -740,6 +748,16 @@ def test_the_last_client_that_leaves_ends_the_puller_and_a_stop_does_too(running
     assert there.starts()[-1] > 0 and tags(d) == {"mlxd-tiny:latest", "org/tiny:latest"}
 
 
+def test_a_puller_ends_when_its_supervisor_is_killed(running: Daemon, there: Hub) -> None:
+    d = running
+    there.faults["model.safetensors"] = Fault("stall", at=HALF)
+    client = Client(d)
+    eventually(there.held.is_set, "the puller at half", d.history)
+    os.kill(d.status()["supervisor"]["pid"], signal.SIGKILL)
+    eventually(lambda: not d.ours(), "nobody of it", d.history)
+    client.leave()
+
+
 def test_a_puller_that_dies_and_dies_is_given_up_and_the_client_is_told(
     daemon: Callable[..., Daemon], there: Hub, home: Path
 ) -> None:
@@ -791,6 +809,9 @@ def test_mlxd_pull_brings_a_model_that_then_answers_with_the_real_engine(
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert said[0] == {"status": "pulling manifest"} and said[-1] == {"status": "success"}
     assert {seen.token for seen in there.seen if seen.where == "hub"} == {f"Bearer {TOKEN}"}
+    packaged = ollama.Client(d.status()["url"], headers={"Authorization": "Bearer administrator-0123"})
+    there.repositories[NAME].files["LICENSE"] = b"Do as we like.\n"
+    assert [part.status for part in packaged.pull(NAME, stream=True)][-1] == packaged.pull(NAME).status == "success"
     with httpx.Client(base_url=d.status()["url"], timeout=60, trust_env=False) as http:
         http.headers["Authorization"] = "Bearer administrator-0123"
         body = {"messages": [{"role": "user", "content": "What is mlxd?"}], "stream": False, "options": {"temperature": 0}}
@@ -798,21 +819,29 @@ def test_mlxd_pull_brings_a_model_that_then_answers_with_the_real_engine(
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"] != ""
 
 
-def test_ctrl_c_ends_a_pull_with_a_sentence(there: Hub, home: Path) -> None:
+def test_on_a_terminal_there_is_a_bar_and_ctrl_c_ends_it_with_a_sentence(there: Hub, home: Path) -> None:
     there.faults["model.safetensors"] = Fault("stall", at=HALF)
+    terminal, end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "mlxd", "pull", NAME],
-        env=os.environ | environment(there, home),
+        env=os.environ | environment(there, home) | {"TERM": "xterm", "COLUMNS": "120"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=end,
     )
+    os.close(end)
+    shown = b""
     try:
-        assert there.held.wait(60)
+        while b"/2.7 MB" not in shown:
+            shown += os.read(terminal, 65536)
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        with contextlib.suppress(OSError):  # Linux: its end is closed
+            while more := os.read(terminal, 65536):
+                shown += more
+        out, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, out) == (1, "")
-    assert errors.splitlines()[-1] == f"Error: interrupted; `mlxd pull {NAME}` goes on where it stopped"
+        os.close(terminal)
+    assert (process.returncode, out) == (1, b"")
+    assert b"pulling manifest" in shown and b"\x1b" in shown
+    assert shown.decode().splitlines()[-1].endswith(f"Error: interrupted; `mlxd pull {NAME}` goes on where it stopped")
