@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 #: The server says something at least every `server.ping_s`.
 SILENT_S = 120.0
-#: A server that is killed is replaced at once.
-TRIES = 3
+#: A server that is killed is replaced within a second or two.
+TRIES, AGAIN_S = 5, 1.0
 #: Without a terminal a line for so much of a file.
 STEP = 0.1
 
@@ -71,6 +72,7 @@ def lines(name: str) -> Generator[Line]:
             return
         except (OSError, http.client.HTTPException, ValueError):
             click.echo("the server ended meanwhile; asking the next one", err=True)
+            time.sleep(AGAIN_S)
     raise MlxdError("mlxd does not answer; look at `mlxd status` and `mlxd logs --server`")
 
 
@@ -82,6 +84,8 @@ def through_daemon(url: str, token: str, name: str) -> Generator[Line]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         connection.request("POST", "/api/pull", json.dumps({"model": name}), headers)
         answer = connection.getresponse()
+        if answer.status == 503:  # nobody serves just now
+            raise ConnectionError
         line: Line = {}
         while text := answer.readline():
             line = json.loads(text)
