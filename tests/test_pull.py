@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -467,8 +469,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
 
 
 def post(server: Supervised, name: Any, **more: Any) -> httpx.Response:
-    with server.client() as http:
-        return http.post("/api/pull", json={"model": name} | more)
+    with server.client() as one:
+        return one.post("/api/pull", json={"model": name} | more)
 
 
 def lines(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -530,11 +532,11 @@ def test_three_clients_share_one_pull_and_the_last_that_leaves_ends_it(server: S
     """One that is silent for long hears the last line again, so that nobody in between gives up on it."""
     abandon = Abandon("org/shared")
     with contextlib.ExitStack() as first, contextlib.ExitStack() as others:
-        http = first.enter_context(server.client())
-        one = first.enter_context(http.stream("POST", "/api/pull", json={"model": "org/shared"}))
+        stays = first.enter_context(server.client())
+        one = first.enter_context(stays.stream("POST", "/api/pull", json={"model": "org/shared"}))
         for name in ("ORG/shared", "org/shared:latest"):
-            http = others.enter_context(server.client())
-            others.enter_context(http.stream("POST", "/api/pull", json={"name": name}))
+            leaves = others.enter_context(server.client())
+            others.enter_context(leaves.stream("POST", "/api/pull", json={"name": name}))
         awaited(server, Fetch("org/shared"), 2)
         server.say(Fetching("org/shared", "pulling manifest"))
         heard = one.iter_lines()
@@ -631,15 +633,17 @@ class Client:
 
     def __init__(self, d: Daemon, name: str = NAME):
         self.lines: list[dict[str, Any]] = []
-        self.http = httpx.Client(timeout=60, trust_env=False)
-        self.url = f"http://127.0.0.1:{d.status()['port']}/api/pull"
+        self.http = http.client.HTTPConnection("127.0.0.1", d.status()["port"], timeout=60)
+        self.http.connect()
+        self.sock = self.http.sock
         self.name = name
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def run(self) -> None:
-        with contextlib.suppress(httpx.HTTPError, OSError), self.http.stream("POST", self.url, json={"model": self.name}) as answer:
-            for line in answer.iter_lines():
+        with contextlib.suppress(http.client.HTTPException, OSError), contextlib.closing(self.http):
+            self.http.request("POST", "/api/pull", json.dumps({"model": self.name}))
+            for line in self.http.getresponse():
                 self.lines.append(json.loads(line))
 
     def end(self) -> dict[str, Any]:
@@ -648,7 +652,8 @@ class Client:
         return self.lines[-1]
 
     def leave(self) -> None:
-        self.http.close()
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.thread.join(60)
 
 
 def pids(d: Daemon) -> list[int]:
@@ -758,7 +763,7 @@ def test_a_puller_ends_when_its_supervisor_is_killed(running: Daemon, there: Hub
     eventually(there.held.is_set, "the puller at half", d.history)
     os.kill(d.status()["supervisor"]["pid"], signal.SIGKILL)
     eventually(lambda: not d.ours(), "nobody of it", d.history)
-    client.leave()
+    client.thread.join(60)
 
 
 def test_a_puller_that_dies_and_dies_is_given_up_and_the_client_is_told(
@@ -815,10 +820,10 @@ def test_mlxd_pull_brings_a_model_that_then_answers_with_the_real_engine(
     packaged = ollama.Client(d.status()["url"], headers={"Authorization": "Bearer administrator-0123"})
     there.repositories[NAME].files["LICENSE"] = b"Do as we like.\n"
     assert [part.status for part in packaged.pull(NAME, stream=True)][-1] == packaged.pull(NAME).status == "success"
-    with httpx.Client(base_url=d.status()["url"], timeout=60, trust_env=False) as http:
-        http.headers["Authorization"] = "Bearer administrator-0123"
+    with httpx.Client(base_url=d.status()["url"], timeout=60, trust_env=False) as asking:
+        asking.headers["Authorization"] = "Bearer administrator-0123"
         body = {"messages": [{"role": "user", "content": "What is mlxd?"}], "stream": False, "options": {"temperature": 0}}
-        answers = [http.post("/api/chat", json=body | {"model": name}).json() for name in (NAME, "mlxd-tiny")]
+        answers = [asking.post("/api/chat", json=body | {"model": name}).json() for name in (NAME, "mlxd-tiny")]
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"] != ""
 
 
