@@ -240,7 +240,9 @@ def inodes(root: Path, besides: Path) -> set[tuple[str, int, int]]:
 hostile_parts = st.sampled_from(
     ["..", ".", "", "x", "~", "etc", "a\\b", "\0", "a\nb", "config.json", "model.safetensors", "C:", "é"]
 )
-hostile_paths = st.one_of(st.lists(hostile_parts, min_size=1, max_size=5).map("/".join), st.text(max_size=20))
+hostile_paths = st.one_of(st.lists(hostile_parts, min_size=1, max_size=5).map("/".join), st.text(max_size=20)).filter(
+    lambda path: path != "model.safetensors"  # which is no lie
+)
 hostile_hex = st.one_of(
     st.text(max_size=80),
     st.sampled_from(["../../../x", "a" * 41, "G" * 64, "", "a" * 64 + "/..", "A" * 64, "0" * 39]),
@@ -248,7 +250,7 @@ hostile_hex = st.one_of(
 )
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(500, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 def test_sec_12_whatever_a_hub_says_nothing_is_made_outside_the_cache(tmp_path: Path, there: Hub, examples: int) -> None:
     """One lie at a time, in an answer that is otherwise true."""
     puller = Puller(there, tmp_path / "cache" / "hub")
