@@ -15,6 +15,7 @@ process that holds a model is made expendable, and what must not be lost lives e
   unix sockets (`pool.py`). It never imports mlx, so generation and HTTP never share an interpreter lock, nor a fate.
 - An *engine* (`engine/`) loads one model and runs continuous batches of mlx-lm over it. It has no network. When it dies, its requests
   are still in the server, and another engine takes them over.
+- A *puller* (`pull.py`) brings one model from the hub (`hub.py`), and is there only meanwhile. It alone has the hub's token.
 
 Every child holds one end of a socketpair, its *link* (`link.py`). Words on it are JSON lines (`messages.py`). A link that closes means
 the other side is gone, so no child outlives its supervisor by more than five seconds.

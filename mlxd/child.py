@@ -29,7 +29,7 @@ from mlxd.config import Supervisor as Limits
 from mlxd.leftovers import Leftover, start_identity
 from mlxd.link import ChildSettings, Link
 from mlxd.logs import timestamp
-from mlxd.messages import Bye, Counters, ExitRecord, Reopen, Tuning, Want
+from mlxd.messages import Bye, Counters, ExitRecord, Fetching, Reopen, Tuning, Want
 from mlxd.paths import Paths, open_log_anyway, opened, read_small
 from mlxd.policy import PRODUCTIVE_TOKENS, Death, State
 
@@ -56,14 +56,21 @@ ENVIRONMENT = frozenset(
     | {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"}
     | {"CUDA_VISIBLE_DEVICES"}
 )
+#: What a puller needs besides, to get through to the hub; nobody else gets the token.
+HUB_ENVIRONMENT = frozenset(
+    {"HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT", "SSL_CERT_FILE", "SSL_CERT_DIR"}
+    | {name for upper in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for name in (upper, upper.lower())}
+)
 ENVIRONMENT_PREFIXES = ("LC_", "XDG_", "MLX_METAL_", "OMP_", "OPENBLAS_", "VECLIB_", "MLXD_FAKE_")
 
-Kind = Literal["server", "engine"]
+Kind = Literal["server", "engine", "puller"]
+MODULES: dict[Kind, str] = {"server": "mlxd.server", "engine": "mlxd.engine", "puller": "mlxd.pull"}
 
 
 @dataclass(eq=False)
 class Child:
-    """A slot. `model`: of an engine, what it is for (None: a blank one). Times are of the monotonic clock, seconds."""
+    """A slot. `model`: of an engine, what it is for (None: a blank one); of a puller, the repository. Times are of the monotonic clock,
+    seconds."""
 
     kind: Kind
     slot: int
@@ -79,6 +86,8 @@ class Child:
     hold: str = ""  # why HELD, in words
     hold_cause: Literal["", "fault", "memory"] = ""
     unfit_program: str = ""  # what lay in the place of a program that could not be started
+    wanted_by: set[int] = field(default_factory=set)  # of a puller: the servers, by pid
+    fetching: Fetching | None = None  # of a puller: what was said last
     restarts: int = 0
     trial: bool = False
     died_of: str = ""  # the cause of the last death
@@ -126,8 +135,8 @@ class Child:
 
     @property
     def name(self) -> str:
-        """server, engine-1, engine-2..."""
-        return "server" if self.kind == "server" else f"engine-{self.slot}"
+        """server, engine-1, engine-2..., puller-1..."""
+        return "server" if self.kind == "server" else f"{self.kind}-{self.slot}"
 
     @property
     def title(self) -> str:
@@ -135,8 +144,11 @@ class Child:
 
     # --- life, read downward -------------------------------------------------------------------------------------------
 
-    def spawn(self, argv: list[str], settings: ChildSettings, pass_fds: list[int], now: float) -> socket.socket:
-        """Start the process and return our end of its link. Raises OSError when there is no such program or no room for it.
+    def spawn(
+        self, argv: list[str], settings: ChildSettings, pass_fds: list[int], now: float, environ: Mapping[str, str] = os.environ
+    ) -> socket.socket:
+        """Start the process and return our end of its link. `environ`: of which it gets what its kind may know. Raises OSError when there is
+        no such program or no room for it.
 
         Its own session, so that neither a terminal's Ctrl-C nor whoever kills us reaches it unasked; no fork hooks.
         """
@@ -151,7 +163,7 @@ class Child:
             raise
         ours.setblocking(False)
         settings.link_fd = theirs.fileno()
-        environment = child_environment(os.environ) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
+        environment = child_environment(environ, self.kind) | {"MLXD_CHILD": msgspec.json.encode(settings).decode()}
         self.blas = blas.library(settings.config.engine.blas) if self.kind == "engine" else ""
         if self.blas:
             environment["LD_PRELOAD"] = self.blas
@@ -366,13 +378,14 @@ def why_unfit(program: str, error: OSError) -> str:
 
 def command(kind: Kind, config: Config) -> list[str]:
     """What to run for a child of this kind."""
-    own = config.server.command if kind == "server" else config.engine.command
-    return own or [sys.executable, "-m", f"mlxd.{kind}"]
+    own = {"server": config.server.command, "engine": config.engine.command}.get(kind)
+    return own or [sys.executable, "-m", MODULES[kind]]
 
 
-def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of our environment a child gets."""
-    return {k: v for k, v in environ.items() if k in ENVIRONMENT or k.startswith(ENVIRONMENT_PREFIXES)}
+def child_environment(environ: Mapping[str, str], kind: Kind | None = None) -> dict[str, str]:
+    """What of our environment a child gets, or (None) any other program that we start."""
+    known = ENVIRONMENT | HUB_ENVIRONMENT if kind == "puller" else ENVIRONMENT
+    return {k: v for k, v in environ.items() if k in known or k.startswith(ENVIRONMENT_PREFIXES)}
 
 
 def is_paused(pid: int) -> bool:

@@ -90,6 +90,7 @@ class Handover(msgspec.Struct, kw_only=True):
     server: Place | None = None
     retired: list[Place] = []
     engines: list[Place] = []
+    pullers: list[Place] = []
     lock_fd: int = -1
     control_fd: int = -1
     asker_fd: int = -1
@@ -118,7 +119,7 @@ class Handover(msgspec.Struct, kw_only=True):
 
     @property
     def places(self) -> list[Place]:
-        return [*([self.server] if self.server else []), *self.retired, *self.engines]
+        return [*([self.server] if self.server else []), *self.retired, *self.engines, *self.pullers]
 
     @property
     def descriptors(self) -> list[int]:
@@ -273,6 +274,7 @@ def described(s: Supervisor, parted: dict[Child, tuple[int, bytes]], asker: sock
         server=place_of(s, s.server, parted) if s.server is not None else None,
         retired=[place_of(s, one, parted) for one in s.retired],
         engines=[place_of(s, one, parted) for one in s.engines],
+        pullers=[place_of(s, one, parted) for one in s.pullers],
         lock_fd=s.lock.fd,
         control_fd=s.control.sock.fileno(),
         asker_fd=asker.fileno() if asker is not None else -1,
@@ -349,6 +351,7 @@ async def adopt(s: Supervisor, handed: Handover) -> None:
     s.server = handed.server.child if handed.server is not None else None
     s.retired = [place.child for place in handed.retired]
     s.engines = [place.child for place in handed.engines]
+    s.pullers = [place.child for place in handed.pullers]
     await join(s, [(place.child, place) for place in handed.places])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if handed.unserved_from is not None:

@@ -69,8 +69,8 @@ class Link:
         if not self.writer.is_closing():
             self.writer.write(messages.line(word))
 
-    def offer(self, word: ChildWord) -> None:
-        """Send unless the other side is behind with reading: a beat is only worth something now."""
+    def offer(self, word: ChildWord | SupervisorWord) -> None:
+        """Send unless the other side is behind with reading: a beat, for one, is only worth something now."""
         if not self.unsent_bytes:
             self.send(word)
 

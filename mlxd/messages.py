@@ -84,7 +84,7 @@ class ExitRecord(Struct, kw_only=True):
 
 class Hello(Struct, tag="hello", tag_field="word"):
     protocol: int
-    kind: Literal["server", "engine"]
+    kind: Literal["server", "engine", "puller"]
     pid: int
     version: str
     nonce: str
@@ -92,7 +92,7 @@ class Hello(Struct, tag="hello", tag_field="word"):
 
 class Ready(Struct, tag="ready", tag_field="word"):
     """Of an engine: one token came out of `model`. Of the server: it accepts; `problems` are what a person should know, such as a
-    preload that is not there."""
+    preload that is not there. Of a puller: it is at work on `model`."""
 
     model: str | None = None
     problems: list[str] = []
@@ -138,6 +138,41 @@ class Stalled(Struct, tag="stalled", tag_field="word"):
     """The engine in slot `engine` has work and makes no progress, as the server sees it."""
 
     engine: int
+
+
+# --- the link: pulls ------------------------------------------------------------------------------------------------------
+
+
+class Fetch(Struct, tag="fetch", tag_field="word"):
+    """Server -> supervisor: a client of mine wants the repository `name` of the hub in the cache. Supervisor -> puller: bring it. Said
+    again, it is answered with what was said last of it."""
+
+    name: str
+
+
+class Abandon(Struct, tag="abandon", tag_field="word"):
+    """Server -> supervisor: no client of mine wants `name` any more."""
+
+    name: str
+
+
+class Fetching(Struct, tag="fetching", tag_field="word"):
+    """Puller -> supervisor -> servers: how far it is. `digest`: "sha256:" and 64 hex digits (or "sha1:" and 40) of the file that comes, of
+    which `completed` of `total` bytes are here; "": `status` says all."""
+
+    name: str
+    status: str
+    digest: str = ""
+    total: int = 0
+    completed: int = 0
+
+
+class Fetched(Struct, tag="fetched", tag_field="word"):
+    """Puller -> supervisor -> servers: it has ended. `error`: why it is not here, "" when it is; `status`: of HTTP, that fits."""
+
+    name: str
+    error: str = ""
+    status: int = 200
 
 
 # --- the link: supervisor -> server --------------------------------------------------------------------------------------
@@ -204,8 +239,8 @@ class Reopen(Struct, tag="reopen", tag_field="word"):
     """Open your log file anew."""
 
 
-ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled
-SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Share | Stop | Reopen
+ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled | Fetch | Abandon | Fetching | Fetched
+SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Share | Stop | Reopen | Fetch | Fetching | Fetched
 
 # --- the engine's socket: server -> engine -----------------------------------------------------------------------------------
 

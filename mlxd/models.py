@@ -46,6 +46,9 @@ NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
 #: Of the files that a model is made of; another one beside them makes it no other model.
 PARTS = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
 MOST_NAME = 256
+#: The hub's own limit, and what it has in no name: the cache writes "/" as "--".
+MOST_REPOSITORY = 96
+NOT_IN_REPOSITORY = re.compile(r"--|[.-](?:/|$)|\.git(?:/|$)", re.IGNORECASE)
 #: A model's directory may tell its license, in one of these.
 LICENSES = ("license", "license.txt", "license.md")
 MAX_LICENSE_BYTES = 64 * 1024
@@ -124,6 +127,26 @@ def is_name(name: str) -> bool:
     return len(name) <= MOST_NAME and ".." not in name and NAME.fullmatch(name) is not None
 
 
+def repository_of(name: str) -> str:
+    """The repository of the Hugging Face hub that a name means: `org/repo`. Raises Refused: 400 for what can be none, 404 without an `org`."""
+    path, _, tag = canonical(name).rpartition(":")
+    parts = path.split("/")
+    if len(parts) == 1:
+        raise Refused(
+            404,
+            f"model '{name}' not found; a model is pulled from the Hugging Face hub by its repository's name, org/repo, such as "
+            "mlx-community/NAME",
+            code="model_not_found",
+        )
+    if len(parts) > 2 or ":" in path:
+        raise Refused(400, "a host cannot be named: write org/repo; the hub is the one in mlxd's own HF_ENDPOINT")
+    if tag.lower() != "latest":
+        raise Refused(400, f"a repository of the Hugging Face hub has no tag '{tag}': write {path}")
+    if len(path) > MOST_REPOSITORY or NOT_IN_REPOSITORY.search(path):
+        raise Refused(400, "invalid model name: the Hugging Face hub has none like it")
+    return path
+
+
 class Place(NamedTuple):
     """Where a model lies, whole or broken."""
 
@@ -135,7 +158,7 @@ class Catalogue:
     """The models on this machine, by name. Looking is cheap: a directory is read again only when it has changed. A model's own name comes
     before an alias; an alias without its model is not there, and is again when the model is.
 
-    `known` does one stat, or two; the rest looks at many files, and may be called in any thread.
+    `known` does a few stats; the rest looks at many files, and may be called in any thread.
     """
 
     def __init__(self, root: str, environ: Mapping[str, str] = os.environ, aliases: Aliases | None = None):
@@ -155,6 +178,8 @@ class Catalogue:
         model = self.found.get(alias.base.lower() if alias else key)
         if model is None or self.seen.get(model.directory, (None,))[0] != stamp(model.directory):
             return None
+        if self.hub in model.directory.parents and current_snapshot(model.directory.parent.parent) != model.directory:
+            return None  # pulled again meanwhile
         return model.called(alias) if alias else model
 
     def find(self, name: str) -> Model:
@@ -199,6 +224,16 @@ class Catalogue:
         if place is not None and place.name == BUILTIN:
             raise Refused(400, f"{BUILTIN} is a part of mlxd and cannot be deleted")
         return place
+
+    def to_pull(self, name: str) -> str:
+        """The repository to be pulled for the model called so; "" when it is here and did not come from the hub. Raises Refused."""
+        try:
+            model = self.find(name)
+        except Refused:
+            if (place := self.place(name)) is not None and self.hub not in place.directory.parents:
+                raise  # broken, and what is pulled would not be seen beside it
+            return repository_of(name)
+        return repository_of(model.name) if model.alias is None and self.hub in model.directory.parents else ""
 
     def delete(self, place: Place) -> None:
         """Its files, for good. Raises Refused."""
@@ -295,6 +330,12 @@ def candidates(root: Path, hub: Path) -> Iterator[tuple[str, Path]]:
         kind, _, name = repository.name.partition("--")
         if kind == "models" and (snapshot := current_snapshot(repository)) and looks_like_model(snapshot, FOREIGN):
             yield tagged(name.replace("--", "/", 1)), snapshot
+
+
+def repository_directory(hub: Path, repository: str) -> Path:
+    """Where the hub's cache has it, or will; one that is there in other letters is the same, as it is on the hub."""
+    name = "models--" + repository.replace("/", "--")
+    return next((found for found in subdirectories(hub) if found.name.lower() == name.lower()), hub / name)
 
 
 def subdirectories(directory: Path) -> list[Path]:

@@ -39,6 +39,8 @@ from mlxd.messages import (
     EngineDown,
     EngineUp,
     Exited,
+    Fetched,
+    Fetching,
     Hello,
     Ready,
     Reopen,
@@ -354,6 +356,8 @@ class Process:
                 await self.service.pool.engine_up(word)
             case EngineDown():
                 self.service.pool.engine_down(word)
+            case Fetching() | Fetched():
+                self.service.pulls.hear(word)
             case Exited(record=record):
                 self.service.last_exit = record
             case Drain(limit_s=limit_s):

@@ -123,6 +123,7 @@ def report(s: Supervisor) -> dict[str, Any]:
             process(engine, now) | {"slot": engine.slot, "model": engine.model, "running": engine.counters.running}
             for engine in sorted(s.engines, key=lambda engine: engine.model is None)  # the spare stands last
         ],
+        "pullers": [process(one, now) | {"slot": one.slot, "model": one.model} for one in s.pullers],
         "last_exit": msgspec.to_builtins(s.exits.last),
         "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),

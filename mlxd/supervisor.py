@@ -44,6 +44,7 @@ from mlxd import (
     monitor,
     paths,
     policy,
+    pullers,
     shares,
     status,
     strays,
@@ -129,6 +130,7 @@ class Supervisor:
         self.server: Child | None = None
         self.retired: list[Child] = []  # servers that drain while a newer one accepts
         self.engines: list[Child] = []
+        self.pullers: list[Child] = []  # those that run, and those that wait (STOPPED)
         self.timers: dict[Child, asyncio.TimerHandle] = {}
         self.readers: dict[Child, asyncio.Task[Any]] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -215,6 +217,7 @@ class Supervisor:
             self.say("stopping", f"mlxd is stopping: {why}")
             self.notifier.stopping()
             self.port.leave()
+            pullers.stop(self)
             self.boots.pass_trials()  # a machine that goes down now does so because it was told to
             for one in list(self.servers()):
                 self.retire(one, self.config.server.drain_s)
@@ -282,7 +285,7 @@ class Supervisor:
         yield from list(self.retired)
 
     def children(self) -> list[Child]:
-        return [*self.servers(), *self.engines]
+        return [*self.servers(), *self.engines, *self.pullers]
 
     def handle(self, one: Child, event: Event) -> None:
         """One event of one child: the table says what it means, then it is done."""
@@ -319,6 +322,8 @@ class Supervisor:
         match action:
             case Action.SPAWN:
                 self.spawn(one)
+            case Action.ORDER if one.kind == "puller" and one.link is not None and one.model is not None:
+                one.link.send(messages.Fetch(one.model))
             case Action.ORDER if one.link is not None and one.model is not None:
                 self.boots.begin(one.model)
                 one.share_bytes = self.share(one)
@@ -429,8 +434,9 @@ class Supervisor:
         )
         argv = child.command(one.kind, self.config)
         inherited = [self.lease, *settings.listen_fds] if self.lease is not None else settings.listen_fds
+        environ = pullers.environment(self.paths) if one.kind == "puller" else os.environ
         try:
-            end = one.spawn(argv, settings, inherited, self.loop.time())
+            end = one.spawn(argv, settings, inherited, self.loop.time(), environ)
         except OSError as error:
             problem = f"cannot start {error.filename or one.name}: {child.why_unfit(argv[0], error)}"
             if error.filename == argv[0] and error.errno in UNFIT_PROGRAM:
@@ -542,9 +548,14 @@ class Supervisor:
             one.hold = f"memory not returned: {one.lost_bytes / 1e9:.1f} GB of the killed engine; a reboot may be needed"
             one.hold_cause = "memory"
             self.loop.call_later(MEMORY_LOOK_S, self.await_memory, one, now + MEMORY_WAIT_S)
+        if one.kind == "puller" and event in (Event.HOPELESS, Event.UNFIT):  # its clients do not wait for ever
+            pullers.give_up(self, one, record)
+            event = Event.GONE
         one.retry_s = policy.delay(death, event, len(one.counted), random.random(), limits)
         if not again:
             self.record(one, record)
+        if one.kind == "server":
+            pullers.abandon(self, record.pid)
         if one.kind == "engine" and one.model is not None:
             self.tell_engine_down(one, event, record)
             if event is Event.GONE:
@@ -564,7 +575,7 @@ class Supervisor:
     def give_to_spare(self, dead: Child) -> bool:
         """Load the model of an engine that has no process into the spare, which has its imports behind it. False: there is none."""
         spare = self.spare()
-        if dead.model is None or spare is None:
+        if dead.kind != "engine" or dead.model is None or spare is None:
             return False
         spare.take_over(dead)
         log.info("%s takes over from %s", spare.title, dead.name)
@@ -629,6 +640,9 @@ class Supervisor:
             self.retired.remove(one)
         with contextlib.suppress(ValueError):
             self.engines.remove(one)
+        if one in self.pullers:
+            self.pullers.remove(one)
+            pullers.begin(self)
         self.end_engines()
         self.check_done()
 
@@ -708,6 +722,14 @@ class Supervisor:
                     if engine.model == model and one.state in SERVING:
                         engine.released = True
                 self.let_go()
+            case messages.Fetch(name) if one.kind == "server":
+                pullers.fetch(self, one, name)
+            case messages.Abandon(name) if one.kind == "server" and one.pid is not None:
+                pullers.abandon(self, one.pid, name)
+            case messages.Fetching() if one.kind == "puller":
+                pullers.tell(self, one, word)
+            case messages.Fetched() if one.kind == "puller":
+                pullers.end(self, one, word)
             case messages.Stalled(slot) if one.kind == "server":
                 for engine in self.engines:
                     if engine.slot == slot and engine.state is State.READY:
@@ -761,7 +783,7 @@ class Supervisor:
                 self.first_token = True
             self.tell_servers(self.engine_up(one))
             self.loop.call_later(SETTLE_S, self.mind_the_spare)
-        else:
+        elif one.kind == "server":
             self.polls.clear()
             for old in list(self.retired):
                 if old.state is State.READY:  # the successor accepts: now this one may stop
@@ -861,7 +883,7 @@ class Supervisor:
                 one.counted.clear()
                 one.trial = False
                 one.tuning = messages.Tuning()
-                if one.model is not None:
+                if one.kind == "engine" and one.model is not None:
                     self.boots.pass_trial(one.model)
             if self.look_at_log(one):
                 self.loop.call_later(LOG_AGAIN_S, self.look_at_log, one)

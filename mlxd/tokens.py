@@ -88,6 +88,12 @@ def load(path: Path, settings: Config) -> Tokens | None:
     return found
 
 
+def for_commands(path: Path) -> str:
+    """What mlxd's own commands show over HTTP, a token that may do as much as any there; "" where none is needed. Raises ConfigError."""
+    data = paths.read_private(path, MAX_FILE_BYTES)
+    return "" if data is None else parse(data, path).strongest
+
+
 def parse(data: bytes, path: Path) -> Tokens:
     """One token a line, `inference` or `admin` before it; without either it is an admin's. Empty lines and those that begin with # are
     skipped. Raises ConfigError, which names the line and not what is in it."""

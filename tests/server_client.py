@@ -176,7 +176,7 @@ class Supervised:
     comes after a death, `retry_s`: when, as it is told; `pause_s`: when it is "replaced". `passes`: engines stand behind a gate.
 
     A model whose name holds `refused` cannot be loaded, one with `retried` not before 300 s, one with `held` is wanted in vain until
-    `let_up`.
+    `let_up`. `refuses_pulls`: a pull ends at once, since there is no hub; else the test plays the puller.
     """
 
     def __init__(self, home: Path, config: Config):
@@ -192,6 +192,7 @@ class Supervised:
         self.retry_s = 0.0
         self.pause_s = 0.0
         self.passes: Passes | None = None
+        self.refuses_pulls = True
         self.lock = threading.RLock()
         self.listeners = [listener(socket.AF_INET, 0)]
         self.port = self.listeners[0].getsockname()[1]
@@ -251,6 +252,8 @@ class Supervised:
                     server.words.append(word)
                 if isinstance(word, Want):
                     threading.Thread(target=self.want, args=(word,), daemon=True).start()
+                elif isinstance(word, messages.Fetch) and self.refuses_pulls:
+                    self.say(messages.Fetched(word.name, "there is no hub here", 502))
                 elif isinstance(word, Release):
                     self.release(word.model)  # before what is said after it
 

@@ -188,7 +188,8 @@ def test_errors_are_the_packages_own_with_our_sentence(client: ollama.Client) ->
         (lambda: list(client.chat("nope", said("x"), stream=True)), 404, "model 'nope' not found"),
         (lambda: client.generate(MODEL, "x", suffix="y"), 400, "mlxd-tiny does not support insert"),
         (lambda: client.chat(MODEL, said("x"), options={"typical_p": 0.5}), 400, "typical_p"),
-        (lambda: client.pull("new"), 501, "pulling models comes with a later version"),
+        (lambda: client.pull("new"), 404, "model 'new' not found"),
+        (lambda: list(client.pull("new", stream=True)), 404, "model 'new' not found"),
         (lambda: client.push("new"), 501, "does not push"),
         (lambda: client.delete(MODEL), 400, "cannot be deleted"),
     ):

@@ -162,7 +162,7 @@ def test_what_mlxd_refuses_of_its_own_models_stays_refused(server: Supervised, n
     assert post(server, "/api/chat", b"{").status_code == 400
     assert post(server, "/api/chat", b"").status_code == 400
     assert post(server, "/api/chat", {"model": 5}).status_code == 400
-    assert post(server, "/api/pull", {"model": "says"}).status_code == 501
+    assert post(server, "/api/pull", {"model": "says"}).status_code == 404
     assert len(neighbour.seen) == seen
 
 

@@ -566,7 +566,14 @@ def test_all_that_a_supervisor_knows_is_handed_over_or_made_anew() -> None:
     anew = {"paths", "flags", "handed", "boot", "boots", "exits", "timers", "readers", "tasks", "awaited", "handing_over", "bug"}
     anew |= {"poll", "loop", "done", "since", "files", "dump"} | {"stopping"}  # a supervisor that stops is not replaced
     anew |= {"papers", "answer", "strays", "strays_at", "strays_due", "processes", "hup"}
-    named = {"config": "config", "server": "server", "retired": "retired", "engines": "engines", "lock": "lock_fd"}
+    named = {
+        "config": "config",
+        "server": "server",
+        "retired": "retired",
+        "engines": "engines",
+        "pullers": "pullers",
+        "lock": "lock_fd",
+    }
     named |= {"port": "port_fds", "control": "control_fd", "events": "event_seq", "hook": "untold"}
     tree = ast.parse(Path(supervisor.__file__).read_text())
     assigned = {

@@ -15,8 +15,8 @@ from server_client import Supervised, supervised
 
 from mlxd import openapi, server
 
-#: What needs an answer from elsewhere that is not there yet: pull and push, and blobs.
-NOT_YET = ("/api/pull", "/api/push", "/api/blobs/{digest}")
+#: What mlxd does not do: push, and blobs.
+NOT_YET = ("/api/push", "/api/blobs/{digest}")
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ class Caller:
 
 @pytest.mark.parametrize("cases", [3, pytest.param(60, marks=[pytest.mark.full, pytest.mark.timeout(900)])])
 def test_whatever_the_document_allows_is_answered_and_never_with_a_failure(service: Supervised, cases: int) -> None:
-    """`cases` of each operation, and as many with a model that is there, which get further: 2,000 of them in the long run. 501: push, pull
-    and blobs; 503 and 507 give a reason."""
+    """`cases` of each operation, and as many with a model that is there, which get further: 2,000 of them in the long run. 501: push and
+    blobs; 503 and 507 give a reason."""
     document = json.loads(openapi.encoded(tuple(server.ROUTES)))
     counts: Counter[tuple[str, int]] = Counter()
     for found in schemathesis.openapi.from_dict(document).get_all_operations():

@@ -17,7 +17,7 @@ from mlx_lm import sample_utils
 
 import mlxd
 from mlxd.config import Config
-from mlxd.engine import sampling
+from mlxd.engine import sampling, view
 from mlxd.engine.batch import Batch, Ended, Opened, Row, Tick
 from mlxd.engine.sampling import Draw, KeyedBatch, Plan, are_sound, bounds, generate, uniform
 from mlxd.messages import Load, Sampling
@@ -326,6 +326,7 @@ def test_the_tokenizer_wrapper_still_has_what_prompts_and_answers_need() -> None
     assert "eos_token_ids" in parameters(load_tokenizer)
     assert "eos_token_id" in load_model(BUILTIN, lazy=True)[1]
     assert MODEL_REMAPPING["mistral"] == "llama"
+    assert view.remapping() == MODEL_REMAPPING and "llama" in view.modules("models")  # read, not imported
 
 
 # --- the batch, in this process --------------------------------------------------------------------------------------------

@@ -1,25 +1,28 @@
-"""The Ollama dialect's store: /api/copy, /api/create, /api/delete, and what mlxd does not do with models: /api/pull, /api/push, blobs."""
+"""The Ollama dialect's store: /api/copy, /api/create, /api/delete, /api/pull, and what mlxd does not do with models: /api/push, blobs."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from mlxd import pulls
 from mlxd.api import fields
 from mlxd.api.exchange import Exchange
 from mlxd.api.fields import Malformed
 from mlxd.api.ollama import NDJSON, Named, Options, encode, nameds, parameters, parse
 from mlxd.api.service import Service
 from mlxd.errors import Refused
+from mlxd.messages import Fetched, Fetching
 from mlxd.models import Catalogue, Model, canonical
+from mlxd.pulls import Follower
 
 DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 PLACE = "the models directory (~/mlx-models unless MLX_MODELS_DIR names another)"
-NOT_YET = f"pulling models comes with a later version; put the model into {PLACE} or the Hugging Face cache"
 NO_PUSH = "mlxd does not push models: there is no registry for those of MLX"
 NO_BLOBS = f"mlxd makes no models of blobs; put the files of one into {PLACE}"
 NO_WEIGHTS = f"mlxd makes no weights; put the model into {PLACE} and name it in 'from'"
@@ -128,8 +131,49 @@ async def delete(service: Service, exchange: Exchange) -> None:
 
 
 async def pull(service: Service, exchange: Exchange) -> None:
-    check_name(parse(transfers, await exchange.body()))
-    raise Refused(501, NOT_YET, code="not_implemented", hopeless=True)
+    """Bring a model from the hub. It holds no place in the queue, and may take hours."""
+    call = parse(transfers, await exchange.body())
+    check_name(call)
+    repository = await asyncio.to_thread(service.catalogue.to_pull, call.called)
+    if not repository:
+        await say(exchange, [Fetched(call.called)], call.stream is not False)
+        return
+    service.check_supervised()
+    try:
+        with service.pulls.following(repository) as follower:
+            await exchange.while_connected(follow(exchange, follower, service.config.server.ping_s, call.stream is not False))
+    except Refused as refused:
+        if not exchange.started or exchange.finished:
+            raise
+        exchange.failed = True
+        await exchange.while_connected(say(exchange, [Fetched(repository, refused.message, refused.status)]))
+
+
+async def follow(exchange: Exchange, follower: Follower, patience_s: float, stream: bool) -> None:
+    """Tell of a pull until it has ended; what was said last again when nothing was for `patience_s`. Raises Refused when it failed and nothing
+    was written."""
+    last = Fetching("", "pulling manifest")
+    news = [last]
+    while follower.end is None:
+        if stream:
+            await say(exchange, news or [last])
+        last = news[-1] if news else last
+        news = await follower.news(patience_s)
+    if follower.end.error and not exchange.started:
+        raise pulls.refusal(follower.end)
+    exchange.failed = bool(follower.end.error)
+    await say(exchange, [*news, follower.end], stream)
+
+
+async def say(exchange: Exchange, words: Sequence[Fetching | Fetched], stream: bool = True) -> None:
+    """Lines of a pull, the last of them only when it is no stream."""
+    lines = [encode(pulls.told(word)) for word in words]
+    if not stream:
+        await exchange.reply(200, lines[-1])
+        return
+    if not exchange.started:
+        await exchange.stream(NDJSON)
+    await exchange.write(b"".join(line + b"\n" for line in lines), last=isinstance(words[-1], Fetched))
 
 
 async def push(service: Service, exchange: Exchange) -> None:

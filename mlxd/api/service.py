@@ -25,6 +25,7 @@ from mlxd.journal import Answered, Entry, Journal, Request
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
 from mlxd.models import BUILTIN, Catalogue, Model
 from mlxd.pool import Engine, Pool, keep_alive_s
+from mlxd.pulls import Pulls
 from mlxd.ratelimit import RateLimit
 from mlxd.tokens import Tokens
 from mlxd.uploads import Uploads
@@ -82,6 +83,7 @@ class Service:
         self.store = Store()
         ask = self.ask_neighbour if config.ollama.make_room else None
         self.pool = Pool(config, default_keep_alive_s(config), say or (lambda word: None), self.look_up, ask)
+        self.pulls = Pulls(say or (lambda word: None))
         self.policy = guard.Policy(tuple(server.origins), strict_host=config.security.strict_host)
         self.tokens: Tokens | None = None
         self.exchanges: set[Exchange] = set()

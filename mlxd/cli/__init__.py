@@ -28,6 +28,7 @@ GROUPS = {
     },
     "Look at it": {"status": "look", "logs": "look", "events": "look"},
     "Models": {
+        "pull": "pull",
         "list": "models",
         "show": "models",
         "ps": "models",

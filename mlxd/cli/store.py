@@ -57,8 +57,7 @@ def token(where: paths.Paths) -> str:
         return ""
     from mlxd import tokens  # 60 ms
 
-    data = paths.read_private(where.token, tokens.MAX_FILE_BYTES)
-    return tokens.parse(data, where.token).strongest if data is not None else ""
+    return tokens.for_commands(where.token)
 
 
 class Server:

@@ -54,6 +54,8 @@ def lines_of(told: dict[str, Any]) -> Iterator[str]:
     for engine in told["engines"]:
         name = (engine["model"] or "no model").removesuffix(":latest")
         yield row(f"engine-{engine['slot']}", engine, f"  {name}  running {engine['running']}")
+    for puller in told.get("pullers", []):  # a supervisor of an earlier version has none
+        yield row(f"puller-{puller['slot']}", puller, f"  {puller['model']}")
     if (ollama := told.get("ollama")) and ollama["state"] != "down":
         memory = f"  memory {bytes_of(ollama['memory_bytes'])}" if ollama["memory_bytes"] is not None else ""
         models = f"  {', '.join(ollama['models']) or 'no model'}" if memory else ""
@@ -78,7 +80,7 @@ def row(name: str, process: dict[str, Any], more: str = "") -> str:
 
 
 def name_of(child: str, slot: int) -> str:
-    return "server" if child == "server" else f"engine-{slot}"
+    return "server" if child == "server" else f"{child}-{slot}"
 
 
 def age_of(seconds: float) -> str:

@@ -1,0 +1,182 @@
+"""The Hugging Face hub: what a repository holds, and the bytes of its files.
+
+Owns the questions to the hub and what its answers may be: every name, revision, size and digest in them is checked here before anybody uses
+it. The hub's host is HF_ENDPOINT's, nobody else names one; the token goes there and to no host that it redirects to. Writes no file, tries
+nothing twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import mlxd
+from mlxd.endpoint import base_url
+from mlxd.errors import MlxdError, Refused
+
+# Read by huggingface_hub when it is imported. Telemetry: it would tell what runs here. Xet: it does not go on where it was killed.
+os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+REVISION = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+#: So many files a repository of a model does not have.
+MOST_FILES = 20_000
+MOST_NAME_BYTES = 1024
+#: Answers after which the same question may get another one.
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+class Trouble(MlxdError):
+    """The hub could not be asked, or broke off: the next try may do better, not before `retry_s`."""
+
+    def __init__(self, message: str, retry_s: float = 0.0):
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
+class Unreachable(Refused):
+    """The hub was asked in vain, and is not asked any more."""
+
+    def __init__(self, message: str):
+        super().__init__(502, message)
+
+
+class File(NamedTuple):
+    """`digest`: 64 hex digits, the SHA-256 of its bytes, or 40, git's SHA-1 of it as a blob. It is also its name in the cache."""
+
+    path: str
+    size: int
+    digest: str
+
+
+class Tree(NamedTuple):
+    """A repository's files at one commit, 40 hex digits."""
+
+    revision: str
+    files: list[File]
+
+
+class Hub:
+    """`token`: "" for none, None for that of HF_TOKEN or `hf auth login`. `timeout_s`: of an answer's beginning, and of each piece of it.
+    Raises MlxdError when HF_ENDPOINT is no URL."""
+
+    def __init__(
+        self, url: str = constants.ENDPOINT, token: str | None = None, timeout_s: float = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    ):
+        self.url = base_url(url, "HF_ENDPOINT")
+        self.token = get_token() if token is None else token
+        self.timeout_s = timeout_s
+        self.host = urlsplit(self.url).netloc.rpartition("@")[2]
+
+    def tree(self, repository: str) -> Tree:
+        """The main branch of `org/repo`, as it is now. Raises Trouble, Refused (Unreachable when nobody may be asked)."""
+        api = HfApi(self.url, token=self.token or False, library_name="mlxd", library_version=mlxd.__version__)
+        try:
+            told = api.model_info(repository, revision="main", files_metadata=True, timeout=self.timeout_s)
+            return checked(repository, told)
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise self.judge(repository, error) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            raise malformed(repository, "its answer is not what a hub says of a repository") from None
+
+    def read(self, repository: str, revision: str, file: File, start: int) -> Iterator[tuple[int, bytes]]:
+        """The bytes of a file from `start` on, each piece with its offset: the first may be 0 where the hub knows no ranges. Raises Trouble,
+        Refused."""
+        url = hf_hub_url(repository, file.path, revision=revision, endpoint=self.url)
+        headers = {"User-Agent": f"mlxd/{mlxd.__version__}", "Accept-Encoding": "identity"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"  # which httpx2 leaves out where it is sent on to another host
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        try:
+            with get_session().stream("GET", url, headers=headers, timeout=self.timeout_s) as response:
+                if response.status_code == 416:
+                    raise Trouble(f"{self.host} cannot go on where {file.path} stopped")
+                hf_raise_for_status(response)
+                offset = start if response.status_code == 206 else 0
+                if offset and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                    raise Trouble(f"{self.host} sent another part of {file.path} than was asked for")
+                for piece in response.iter_bytes():
+                    yield offset, piece
+                    offset += len(piece)
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise self.judge(repository, error) from error
+
+    def judge(self, repository: str, error: Exception) -> MlxdError:
+        """What an error means to whoever wants the model. No words of the error: they may hold a signed URL."""
+        if isinstance(error, OfflineModeIsEnabled):
+            return Unreachable("HF_HUB_OFFLINE is set; unset it to pull models")
+        if isinstance(error, GatedRepoError):
+            return Refused(502, f"{repository} is gated: accept its licence at {self.host}/{repository} and {self.remedy}")
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            return Refused(
+                404, f"model '{repository}' not found on {self.host}; check the name, or, if it is private, {self.remedy}"
+            )
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            if status in PASSING:
+                told = error.response.headers.get("retry-after", "")
+                return Trouble(f"{self.host} answers {status}", float(told) if re.fullmatch(r"\d{1,6}", told) else 0.0)
+            if status in (401, 403):
+                return Refused(
+                    502, f"{self.host} does not give {repository} ({status}): accept its licence there and {self.remedy}"
+                )
+            return Refused(502, f"{self.host} answers {status} for {repository}")
+        if isinstance(error, httpx2.TimeoutException):
+            return Trouble(f"{self.host} was silent for {self.timeout_s:g} s")
+        if isinstance(error, httpx2.ConnectError):
+            return Trouble(f"{self.host} cannot be reached")
+        if isinstance(error, httpx2.TransportError):
+            return Trouble(f"{self.host} broke off")
+        return Refused(502, f"{self.host} answers in a way that cannot be followed ({type(error).__name__})")
+
+    @property
+    def remedy(self) -> str:
+        return "see that the token in HF_TOKEN has access to it" if self.token else "set HF_TOKEN to a token that has access to it"
+
+
+def checked(repository: str, told: Any) -> Tree:
+    """What the hub told of a repository, if it can be true. Raises Refused: one bad name and nothing of the repository is used."""
+    if not isinstance(told.sha, str) or not REVISION.fullmatch(told.sha):
+        raise malformed(repository, "its revision is not 40 hex digits")
+    if not isinstance(told.siblings, list) or len(told.siblings) > MOST_FILES:
+        raise malformed(repository, f"it has no list of files, or one of more than {MOST_FILES}")
+    files = []
+    for one in told.siblings:
+        check_path(repository, one.rfilename)
+        size, digest = (one.lfs.size, one.lfs.sha256) if one.lfs is not None else (one.size, one.blob_id)
+        if type(size) is not int or size < 0:
+            raise malformed(repository, f"{one.rfilename} has no size")
+        if not isinstance(digest, str) or not (SHA256 if one.lfs is not None else REVISION).fullmatch(digest):
+            raise malformed(repository, f"{one.rfilename} has no digest")
+        files.append(File(one.rfilename, size, digest))
+    names = [file.path.lower() for file in files]
+    if len(set(names)) < len(names):
+        raise malformed(repository, "two of its files differ in upper and lower case alone")
+    return Tree(told.sha, files)
+
+
+def check_path(repository: str, path: Any) -> None:
+    """Raises Refused unless it names a place below the directory that it is put into, on every system. Lexical: in the cache there are links
+    on the way."""
+    if not isinstance(path, str) or not path or len(path.encode(errors="replace")) > MOST_NAME_BYTES:
+        raise malformed(repository, "a file has no name, or one without an end")
+    if "\\" in path or not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
+        raise malformed(repository, f"{ascii(path)[:80]} is no name of a file")
+
+
+def malformed(repository: str, what: str) -> Refused:
+    return Refused(502, f"{repository} is refused, nothing of it is used: {what}", hopeless=True)
