@@ -252,13 +252,9 @@ def test_a_new_supervisor_waits_for_the_command_and_goes_on_with_what_waits(daem
     d.paths.config.unlink()
     assert d.mlxd("restart", "--supervisor").returncode == 0
     until_told(d, "supervisor_replaced")
-    heard = eventually(
-        lambda: [
-            line for line in (home / "lines").read_text().splitlines() if '"supervisor_replaced"' in (home / "lines").read_text()
-        ],
-        "what is new told",
-        d.history,
-    )
+    lines = home / "lines"
+    eventually(lambda: '"supervisor_replaced"' in lines.read_text(), "what is new told", d.history)
+    heard = lines.read_text().splitlines()
     seqs = [json.loads(line)["seq"] for line in heard]
     assert seqs == list(range(1, seqs[-1] + 1))
 

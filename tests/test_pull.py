@@ -200,7 +200,7 @@ NO_NAMES = {
     "org/repo\n": "invalid model name",
     "org/repo:7b": "no tag '7b'",
     "org/re--po": "the Hugging Face hub has none like it",
-    "org/repo.": "the Hugging Face hub has none like it",
+    "org/repo.": "invalid model name",
     "org/repo.git": "the Hugging Face hub has none like it",
     "o" * 60 + "/" + "r" * 60: "the Hugging Face hub has none like it",
 }
