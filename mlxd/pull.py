@@ -42,8 +42,8 @@ WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 #: What an earlier pull of ours left half done.
 INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.incomplete")
 
-#: So many tries in a row that brought nothing are the last; of one who has the model anyway, so many.
-TRIES, TRIES_ANYWAY = 8, 2
+#: So many tries in a row that brought nothing are the last; before anything has come so many, and for one who has the model anyway.
+TRIES, TRIES_FIRST, TRIES_ANYWAY = 8, 4, 2
 #: A hub that wants to be left alone for longer is left alone.
 MOST_REST_S = 600.0
 #: More than the files themselves: file systems have overheads, and others write, too.
@@ -99,7 +99,7 @@ class Pull:
         here = models.current_snapshot(self.directory)
         whole = here is not None and isinstance(models.examine(self.repository, here), models.Model)
         try:
-            tree = self.persist(lambda: self.hub.tree(self.repository), TRIES_ANYWAY if whole else TRIES)
+            tree = self.persist(lambda: self.hub.tree(self.repository), TRIES_ANYWAY if whole else TRIES_FIRST)
         except Unreachable as why:
             if not whole:
                 raise

@@ -304,7 +304,8 @@ def greet(told: dict[str, Any]) -> None:
         click.echo(f"note  {told['reason']}")
     click.echo(f"url    {told['url']}")
     click.echo(
-        f"model  {name}" + ("  (a built-in self-test and demo; put MLX models into ~/mlx-models)" if name == "mlxd-tiny" else "")
+        f"model  {name}"
+        + ("  (a built-in self-test and demo; `mlxd pull org/repo` brings a real one)" if name == "mlxd-tiny" else "")
     )
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is mlxd?"}]})
     header = " -H 'Authorization: Bearer TOKEN'" if paths.locate().token.exists() else ""
