@@ -379,7 +379,7 @@ def why_unfit(program: str, error: OSError) -> str:
 def command(kind: Kind, config: Config) -> list[str]:
     """What to run for a child of this kind."""
     own = {"server": config.server.command, "engine": config.engine.command}.get(kind)
-    return own or [sys.executable, "-m", MODULES[kind]]
+    return own or [sys.executable, "-P", "-m", MODULES[kind]]  # -P: no module from whatever directory we were started in
 
 
 def child_environment(environ: Mapping[str, str], kind: Kind | None = None) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: What a server that ends says to the streams that it still has.
+REPLACED = "the server is being stopped or replaced; please try again"
+
 
 class MlxdError(Exception):
     """Something a person can act on. The message is one sentence that says what to do.

@@ -359,6 +359,8 @@ async def adopt(s: Supervisor, handed: Handover) -> None:
     for place in handed.places:
         s.take_up(place.child, place.due)
         # Another program decides now: what was wrong for the last one may be right for this one.
+        if place.child.state is State.STOPPED:  # a pull that waits for others
+            continue
         if handed.protocol != messages.PROTOCOL or (place.child.state is State.HELD and place.child.hold_cause == "fault"):
             if place.child is s.server:
                 s.restart_server()

@@ -7,10 +7,12 @@ nothing twice.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import mlxd
@@ -21,20 +23,20 @@ from mlxd.errors import MlxdError, Refused
 os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+import msgspec
+from huggingface_hub import constants, get_session, get_token, hf_hub_url
+from huggingface_hub.errors import OfflineModeIsEnabled
+from msgspec import Struct
 
 REVISION = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 #: So many files a repository of a model does not have.
 MOST_FILES = 20_000
 MOST_NAME_BYTES = 1024
+#: What a hub says of a repository is some 300 bytes a file. All of it is to come within the time.
+MOST_TREE_BYTES, TREE_S = 16 * 1024 * 1024, 60.0
+#: The hub's own word for why it says no.
+CODE = "x-error-code"
 #: Answers after which the same question may get another one.
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
@@ -83,58 +85,71 @@ class Hub:
 
     def tree(self, repository: str) -> Tree:
         """The main branch of `org/repo`, as it is now. Raises Trouble, Refused (Unreachable when nobody may be asked)."""
-        api = HfApi(self.url, token=self.token or False, library_name="mlxd", library_version=mlxd.__version__)
+        until = time.monotonic() + TREE_S
+        body = bytearray()
+        with self.answer(repository, f"{self.url}/api/models/{repository}/revision/main?blobs=true") as response:
+            for piece in response.iter_bytes():
+                body += piece
+                if len(body) > MOST_TREE_BYTES:
+                    raise malformed(repository, f"the hub says more than {MOST_TREE_BYTES} bytes of it")
+                if time.monotonic() > until:
+                    raise Trouble(f"{self.host} took more than {TREE_S:g} s to say what there is")
         try:
-            told = api.model_info(repository, revision="main", files_metadata=True, timeout=self.timeout_s)
-            return checked(repository, told)
-        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise self.judge(repository, error) from error
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return checked(repository, repositories.decode(body))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise malformed(repository, "its answer is not what a hub says of a repository") from None
 
     def read(self, repository: str, revision: str, file: File, start: int) -> Iterator[tuple[int, bytes]]:
         """The bytes of a file from `start` on, each piece with its offset: the first may be 0 where the hub knows no ranges. Raises Trouble,
         Refused."""
         url = hf_hub_url(repository, file.path, revision=revision, endpoint=self.url)
-        headers = {"User-Agent": f"mlxd/{mlxd.__version__}", "Accept-Encoding": "identity"}
+        with self.answer(repository, url, {"Range": f"bytes={start}-"} if start else {}) as response:
+            offset = start if response.status_code == 206 else 0
+            if offset and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
+                raise Trouble(f"{self.host} sent another part of {file.path} than was asked for")
+            for piece in response.iter_raw():
+                yield offset, piece
+                offset += len(piece)
+
+    @contextlib.contextmanager
+    def answer(self, repository: str, url: str, more: dict[str, str] | None = None) -> Iterator[httpx2.Response]:
+        """The answer to a GET, 200 or 206, its body still to come. What errors say is not read. Raises Trouble, Refused."""
+        headers = {"User-Agent": f"mlxd/{mlxd.__version__}", "Accept-Encoding": "identity"} | (more or {})
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"  # which httpx2 leaves out where it is sent on to another host
-        if start:
-            headers["Range"] = f"bytes={start}-"
         try:
             with get_session().stream("GET", url, headers=headers, timeout=self.timeout_s) as response:
-                if response.status_code == 416:
-                    raise Trouble(f"{self.host} cannot go on where {file.path} stopped")
-                hf_raise_for_status(response)
-                offset = start if response.status_code == 206 else 0
-                if offset and not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
-                    raise Trouble(f"{self.host} sent another part of {file.path} than was asked for")
-                for piece in response.iter_bytes():
-                    yield offset, piece
-                    offset += len(piece)
+                if response.status_code not in (200, 206):
+                    raise self.refusal(repository, response)
+                yield response
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise self.judge(repository, error) from error
+            raise self.judge(error) from error
 
-    def judge(self, repository: str, error: Exception) -> MlxdError:
-        """What an error means to whoever wants the model. No words of the error: they may hold a signed URL."""
-        if isinstance(error, OfflineModeIsEnabled):
-            return Unreachable("HF_HUB_OFFLINE is set; unset it to pull models")
-        if isinstance(error, GatedRepoError):
+    def refusal(self, repository: str, response: httpx2.Response) -> MlxdError:
+        """What a status means to whoever wants the model."""
+        status, code = response.status_code, response.headers.get(CODE, "")
+        if code == "GatedRepo":
             return Refused(502, f"{repository} is gated: accept its licence at {self.host}/{repository} and {self.remedy}")
-        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        if code in ("RepoNotFound", "RevisionNotFound"):
             return Refused(
                 404, f"model '{repository}' not found on {self.host}; check the name, or, if it is private, {self.remedy}"
             )
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            if status in PASSING:
-                told = error.response.headers.get("retry-after", "")
-                return Trouble(f"{self.host} answers {status}", float(told) if re.fullmatch(r"\d{1,6}", told) else 0.0)
-            if status in (401, 403):
-                return Refused(
-                    502, f"{self.host} does not give {repository} ({status}): accept its licence there and {self.remedy}"
-                )
-            return Refused(502, f"{self.host} answers {status} for {repository}")
+        if status in PASSING:
+            told = response.headers.get("retry-after", "")
+            return Trouble(f"{self.host} answers {status}", float(told) if re.fullmatch(r"\d{1,6}", told) else 0.0)
+        if status == 416:
+            return Trouble(f"{self.host} cannot go on where a file stopped")
+        if status in (401, 403):
+            return Refused(
+                502,
+                f"{self.host} does not give {repository} ({status}): check the name, accept its licence there if it has one, and {self.remedy}",
+            )
+        return Refused(502, f"{self.host} answers {status} for {repository}")
+
+    def judge(self, error: Exception) -> MlxdError:
+        """What an error means. No words of it: they may hold a signed URL."""
+        if isinstance(error, OfflineModeIsEnabled):
+            return Unreachable("HF_HUB_OFFLINE is set; unset it to pull models")
         if isinstance(error, httpx2.TimeoutException):
             return Trouble(f"{self.host} was silent for {self.timeout_s:g} s")
         if isinstance(error, httpx2.ConnectError):
@@ -148,19 +163,41 @@ class Hub:
         return "see that the token in HF_TOKEN has access to it" if self.token else "set HF_TOKEN to a token that has access to it"
 
 
-def checked(repository: str, told: Any) -> Tree:
+class Lfs(Struct):
+    size: int
+    sha256: str
+
+
+class Sibling(Struct, rename="camel"):
+    """A file, as the hub's API has it."""
+
+    rfilename: str
+    size: int | None = None
+    blob_id: str | None = None
+    lfs: Lfs | None = None
+
+
+class Repository(Struct):
+    sha: str
+    siblings: list[Sibling]
+
+
+repositories = msgspec.json.Decoder(Repository)
+
+
+def checked(repository: str, told: Repository) -> Tree:
     """What the hub told of a repository, if it can be true. Raises Refused: one bad name and nothing of the repository is used."""
-    if not isinstance(told.sha, str) or not REVISION.fullmatch(told.sha):
+    if not REVISION.fullmatch(told.sha):
         raise malformed(repository, "its revision is not 40 hex digits")
-    if not isinstance(told.siblings, list) or len(told.siblings) > MOST_FILES:
-        raise malformed(repository, f"it has no list of files, or one of more than {MOST_FILES}")
+    if len(told.siblings) > MOST_FILES:
+        raise malformed(repository, f"it has more than {MOST_FILES} files")
     files = []
     for one in told.siblings:
         check_path(repository, one.rfilename)
         size, digest = (one.lfs.size, one.lfs.sha256) if one.lfs is not None else (one.size, one.blob_id)
-        if type(size) is not int or size < 0:
+        if size is None or size < 0:
             raise malformed(repository, f"{one.rfilename} has no size")
-        if not isinstance(digest, str) or not (SHA256 if one.lfs is not None else REVISION).fullmatch(digest):
+        if digest is None or not (SHA256 if one.lfs is not None else REVISION).fullmatch(digest):
             raise malformed(repository, f"{one.rfilename} has no digest")
         files.append(File(one.rfilename, size, digest))
     names = [file.path.lower() for file in files]
@@ -169,10 +206,10 @@ def checked(repository: str, told: Any) -> Tree:
     return Tree(told.sha, files)
 
 
-def check_path(repository: str, path: Any) -> None:
+def check_path(repository: str, path: str) -> None:
     """Raises Refused unless it names a place below the directory that it is put into, on every system. Lexical: in the cache there are links
     on the way."""
-    if not isinstance(path, str) or not path or len(path.encode(errors="replace")) > MOST_NAME_BYTES:
+    if not path or len(path.encode(errors="replace")) > MOST_NAME_BYTES:
         raise malformed(repository, "a file has no name, or one without an end")
     if "\\" in path or not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
         raise malformed(repository, f"{ascii(path)[:80]} is no name of a file")

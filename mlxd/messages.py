@@ -157,7 +157,7 @@ class Abandon(Struct, tag="abandon", tag_field="word"):
 
 
 class Fetching(Struct, tag="fetching", tag_field="word"):
-    """Puller -> supervisor -> servers: how far it is. `digest`: "sha256:" and 64 hex digits (or "sha1:" and 40) of the file that comes, of
+    """Puller -> supervisor -> servers: how far it is. `digest`: "sha256:" and 64 hex digits of the file that comes, of
     which `completed` of `total` bytes are here; "": `status` says all."""
 
     name: str

@@ -92,14 +92,18 @@ def check_settings(directory: Path, names: Iterable[str]) -> None:
 def refuse_code(name: str, found: Any) -> None:
     """Raises Broken if the settings `found` in file `name` ask, at any depth, for code of the model's own. `auto_map` is for other tools and
     left out of what libraries see."""
-    if isinstance(found, dict):
-        for key, value in found.items():
-            if key in CODE_KEYS and value and not (name in VOCABULARIES and type(value) is int):
-                raise Broken(f"{name} asks to run code that came with the model ({key}); mlxd never does: use a model without it")
-            refuse_code(name, value)
-    elif isinstance(found, list):
-        for value in found:
-            refuse_code(name, value)
+    left = [found]  # no recursion: JSON may be deeper than Python goes
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            for key, value in one.items():
+                if key in CODE_KEYS and value and not (name in VOCABULARIES and type(value) is int):
+                    raise Broken(
+                        f"{name} asks to run code that came with the model ({key}); mlxd never does: use a model without it"
+                    )
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
 
 
 def check_tokenizer(names: Iterable[str]) -> None:

@@ -230,8 +230,6 @@ class Catalogue:
         try:
             model = self.find(name)
         except Refused:
-            if (place := self.place(name)) is not None and self.hub not in place.directory.parents:
-                raise  # broken, and what is pulled would not be seen beside it
             return repository_of(name)
         return repository_of(model.name) if model.alias is None and self.hub in model.directory.parents else ""
 
@@ -239,7 +237,7 @@ class Catalogue:
         """Its files, for good. Raises Refused."""
         try:
             if self.hub in place.directory.parents:
-                remove_from_hub(self.hub, place.directory.parent.parent)
+                remove_from_hub(place.directory.parent.parent)
             else:
                 remove_directory(self.root, place.directory)
         except OSError as error:
@@ -297,15 +295,12 @@ def remove_directory(root: Path, directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def remove_from_hub(hub: Path, repository: Path) -> None:
-    """A repository with all its revisions. Raises Refused, OSError."""
-    from huggingface_hub import scan_cache_dir  # takes 0.6 s, and hardly anybody deletes
-
-    cache = scan_cache_dir(hub)
-    found = [repo for repo in cache.repos if repo.repo_path == repository.resolve()]
-    if not found:
-        raise Refused(400, f"{repository.name} in the Hugging Face cache is damaged: remove it yourself")
-    cache.delete_revisions(*(revision.commit_hash for revision in found[0].revisions)).execute()
+def remove_from_hub(repository: Path) -> None:
+    """A repository with all its revisions; of a link, the link alone. Raises OSError."""
+    if repository.is_symlink():
+        repository.unlink()
+    else:
+        shutil.rmtree(repository)
 
 
 def hub_directory(environ: Mapping[str, str]) -> Path:
@@ -384,6 +379,8 @@ def examine(name: str, directory: Path) -> Model | str:
         return read_model(name, directory)
     except Broken as why:
         return str(why)
+    except RecursionError:
+        return "its settings are nested too deeply; download the model again"
     except OSError as error:
         return f"{Path(error.filename or directory).name}: {error.strerror}"
 

@@ -40,7 +40,7 @@ TAKEN = DATA | SETTINGS | {"modules.json"}
 TAKEN_TOO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(jinja|tiktoken)|[0-9]+_Pooling/config\.json")
 WEIGHTS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 #: What an earlier pull of ours left half done.
-INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.incomplete")
+INCOMPLETE = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.mlxd")
 
 #: So many tries in a row that brought nothing are the last; before anything has come so many, and for one who has the model anyway.
 TRIES, TRIES_FIRST, TRIES_ANYWAY = 8, 4, 2
@@ -166,7 +166,8 @@ class Pull:
     # --- one file ----------------------------------------------------------------------------------------------------------------
 
     def incomplete(self, file: File) -> Path:
-        return self.blobs / f"{file.digest}.incomplete"
+        """A name of our own: other programs write to `.incomplete`, and would go on writing when it has its final name."""
+        return self.blobs / f"{file.digest}.mlxd"
 
     def place(self, revision: str, file: File, snapshot: Path) -> None:
         """Have the file in the snapshot, its bytes checked. Raises Refused, OSError."""
@@ -299,7 +300,8 @@ class Partial:
         self.progress(self.file, self.size, gained)
 
     def is_right(self) -> bool:
-        return self.size == self.file.size and self.hash.hexdigest() == self.file.digest
+        there = os.fstat(self.fd).st_size
+        return there == self.size == self.file.size and self.hash.hexdigest() == self.file.digest
 
 
 def new_hash(file: File) -> hashlib._Hash:
@@ -362,6 +364,8 @@ def no_place(error: OSError) -> Refused:
     """The text goes to clients: no path."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Refused(507, "the disk of the Hugging Face cache is full; make room and pull again: it goes on where it stopped")
+    if error.errno == errno.ENOENT:
+        return Refused(502, "the model was deleted while it was pulled; pull it again")
     return Refused(502, f"the Hugging Face cache cannot be written: {error.strerror or type(error).__name__}; see HF_HOME")
 
 

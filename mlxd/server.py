@@ -30,7 +30,7 @@ from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
 from mlxd.config import Config
 from mlxd.connections import MOST_OPEN, Connections, room
-from mlxd.errors import ConfigError, Refused
+from mlxd.errors import REPLACED, ConfigError, Refused
 from mlxd.link import ChildSettings, Link, beat, become_child, child_settings, join, reopen_log, serve
 from mlxd.messages import (
     PROTOCOL,
@@ -61,8 +61,6 @@ IDLE_S = 2.0
 MOST_PATH = 200
 #: What interrupted streams get to carry their error to the client.
 FAREWELL_S = 1.0
-
-STOPPING = "the server is being stopped or replaced; please try again"
 
 Endpoint = Callable[[Service, Exchange], Awaitable[None]]
 
@@ -390,7 +388,7 @@ class Process:
             if not self.service.connections() or clock() >= min(self.deadline, idle_until):
                 break
         for exchange in list(self.service.exchanges):
-            exchange.interrupt(Refused(503, STOPPING, code="stopping", retry_s=1))
+            exchange.interrupt(Refused(503, REPLACED, code="stopping", retry_s=1))
         self.http.close_idle()
         self.http.ending.set()
 

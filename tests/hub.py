@@ -37,13 +37,14 @@ class Fault:
     """What happens to the next `times` answers for a file, or to the question what there is (""). `at`: after so many bytes.
 
     wrong: a byte is another one; truncate, reset: the connection ends; stall: nothing more comes until the hub is closed; a number: that
-    status. Without `ranges` the whole file is sent, whatever was asked for."""
+    status, with this body. Without `ranges` the whole file is sent, whatever was asked for."""
 
     kind: str | int
     times: int = 1
     at: int = 0
     ranges: bool = True
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass
@@ -212,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
     def fails(self, fault: Fault) -> bool:
         """Whether there is no answer but the fault."""
         if isinstance(fault.kind, int):
-            self.answer(fault.kind, b"", fault.headers)
+            self.answer(fault.kind, fault.body, fault.headers)
             return True
         if fault.kind == "stall" and not fault.at:
             self.hold()

@@ -23,7 +23,7 @@ from mlxd.engine.text import Prompter
 from mlxd.engine.view import make_view
 from mlxd.errors import Refused
 from mlxd.messages import Sampling, Submit, Want
-from mlxd.modelfiles import DTYPE_BITS, MOST_NAME, Broken, check_settings, read_header
+from mlxd.modelfiles import DTYPE_BITS, MOST_NAME, Broken, check_settings, read_header, refuse_code
 from mlxd.models import Catalogue
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
@@ -415,3 +415,11 @@ def test_a_template_that_is_harmless_is_rendered_by_the_same_way(tokenizer: Any)
     tokenizer._tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content|trim }}{% endfor %}"
     submit = Submit(job=1, sampling=Sampling(seed=0), messages=said("hello "))
     assert Prompter(tokenizer, 4096, 1024).render(said("hello "), submit) == "<user>hello"
+
+
+def test_settings_deeper_than_python_goes_are_searched_and_break_no_list(tmp_path: Path) -> None:
+    deep: Any = {"model_file": "evil.py"}
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(Broken, match="asks to run code"):
+        refuse_code("config.json", deep)

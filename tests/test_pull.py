@@ -34,7 +34,7 @@ from mlxd import messages, models
 from mlxd.config import Supervisor as Limits
 from mlxd.errors import MlxdError, Refused
 from mlxd.messages import Abandon, Fetch, Fetched, Fetching
-from mlxd.pull import Pull
+from mlxd.pull import Partial, Pull
 
 NAME = "org/tiny"
 WEIGHTS = (BUILTIN / "model.safetensors").read_bytes()
@@ -395,7 +395,7 @@ def test_sec_13_wrong_bytes_twice_end_the_pull_and_nothing_of_them_stays(puller:
     there.faults = {path: Fault("wrong", times=2)}
     refused = puller.refused()
     assert refused.status == 502 and f"{path} of org/tiny came twice with other bytes" in refused.message
-    assert puller.listed() == [] and not list(puller.cache.rglob("*.incomplete"))
+    assert puller.listed() == [] and not list(puller.cache.rglob("*.mlxd"))
     assert path not in puller.files()
 
 
@@ -434,7 +434,7 @@ def test_rel_19_a_hub_that_brings_nothing_is_left_alone_after_a_while(puller: Pu
 
 
 def test_a_hub_that_knows_no_ranges_begins_anew(puller: Puller, there: Hub) -> None:
-    path = puller.cache / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
+    path = puller.cache / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.mlxd"
     path.parent.mkdir(parents=True)
     path.write_bytes(WEIGHTS[:HALF])
     there.faults["model.safetensors"] = Fault("", ranges=False)
@@ -450,13 +450,41 @@ def test_rel_19_the_same_bytes_again_and_again_are_no_progress(puller: Puller, t
 
 @pytest.mark.parametrize("left", [WEIGHTS[:HALF], bytes(HALF), WEIGHTS, WEIGHTS + b"more"], ids=["half", "wrong", "whole", "long"])
 def test_what_an_earlier_pull_left_is_gone_on_with_if_it_is_right(puller: Puller, there: Hub, left: bytes) -> None:
-    path = puller.cache / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
+    path = puller.cache / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.mlxd"
     path.parent.mkdir(parents=True)
     path.write_bytes(left)
     puller.pull()
     expected = {WEIGHTS[:HALF]: [HALF], bytes(HALF): [HALF, 0], WEIGHTS: [], WEIGHTS + b"more": [0]}[left]
     assert there.starts() == expected
     assert (current(puller.cache) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_bytes_of_another_program_in_the_file_are_never_taken_for_those_that_came(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 64
+    file = client.File("model.safetensors", len(data), hashlib.sha256(data).hexdigest())
+    with Partial(tmp_path / "part", file, lambda *_: None) as partial:
+        partial.put(0, data[:5000])
+        with open(tmp_path / "part", "ab") as other:
+            other.write(b"x" * 777)
+        partial.put(5000, data[5000:])
+        assert not partial.is_right()
+    with Partial(tmp_path / "part", file, lambda *_: None) as partial:
+        partial.put(0, data)
+        assert partial.is_right()
+
+
+@pytest.mark.parametrize("path", ["", "config.json"])
+@pytest.mark.parametrize("body", [b"[]", b'"Service Unavailable"', b"<html>", b"{" * 5000])
+def test_what_a_gateway_says_in_the_hubs_place_is_another_try(puller: Puller, there: Hub, path: str, body: bytes) -> None:
+    there.faults[path] = Fault(503, body=body)
+    puller.pull()
+    assert puller.listed() == ["org/tiny:latest"]
+    assert any("answers 503; trying again" in status for status in puller.statuses())
+
+
+def test_an_answer_without_an_end_is_refused(puller: Puller, there: Hub) -> None:
+    there.repositories[NAME].answer = b" " * (client.MOST_TREE_BYTES + 1)
+    assert "the hub says more than" in puller.refused().message
 
 
 # --- the API ----------------------------------------------------------------------------------------------------------------------
@@ -598,7 +626,7 @@ def test_rel_19_a_pull_that_is_killed_goes_on_where_it_was(there: Hub, home: Pat
     first = by_hand(there, home)
     try:
         assert there.held.wait(60)
-        partial = home / "cache" / "hub" / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
+        partial = home / "cache" / "hub" / "models--org--tiny" / "blobs" / f"{hashlib.sha256(WEIGHTS).hexdigest()}.mlxd"
         until("all that was sent", lambda: partial.stat().st_size == HALF)
         assert TOKEN not in Path(f"/proc/{first.pid}/cmdline").read_text() if sys.platform == "linux" else True
         second = by_hand(there, home)
@@ -827,6 +855,15 @@ def test_mlxd_pull_brings_a_model_that_then_answers_with_the_real_engine(
         body = {"messages": [{"role": "user", "content": "What is mlxd?"}], "stream": False, "options": {"temperature": 0}}
         answers = [asking.post("/api/chat", json=body | {"model": name}).json() for name in (NAME, "mlxd-tiny")]
     assert answers[0]["message"]["content"] == answers[1]["message"]["content"] != ""
+
+
+def test_no_file_of_the_current_directory_is_run(there: Hub, home: Path, tmp_path: Path) -> None:
+    """A cloned repository is such a directory."""
+    (tmp_path / "httpx2.py").write_text("open('canary', 'w')\nraise SystemExit('shadowed')\n")
+    command = [str(Path(sys.executable).with_name("mlxd")), "pull", NAME]
+    done = subprocess.run(command, env=os.environ | environment(there, home), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "canary").exists()
 
 
 def test_on_a_terminal_there_is_a_bar_and_ctrl_c_ends_it_with_a_sentence(there: Hub, home: Path) -> None:

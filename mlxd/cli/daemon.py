@@ -144,7 +144,7 @@ def run(port: int | None, model: str | None) -> None:
     """
     sys.stdout.flush()
     # The daemon's process is the supervisor alone: neither click nor this file stays in its memory.
-    os.execv(sys.executable, [sys.executable, "-m", "mlxd.supervisor", *flag_arguments(port, model)])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "mlxd.supervisor", *flag_arguments(port, model)])
 
 
 # --- helpers, in the order of their use -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import click
 from mlxd import paths
 from mlxd.cli import store
 from mlxd.cli.words import as_json
-from mlxd.errors import MlxdError, NotRunning
+from mlxd.errors import REPLACED, MlxdError, NotRunning
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -60,16 +60,20 @@ def pull(name: str, json_: bool) -> None:
 def lines(name: str) -> Generator[Line]:
     """What Ollama's API says of a pull, up to its success or error: of the daemon's, or of our own where none runs. Raises MlxdError."""
     where = paths.locate()
-    for _ in range(TRIES):
+    left = TRIES
+    while left:
         try:
             server = store.running(where)
         except NotRunning:
             yield from by_itself(where, name)
             return
         try:
-            yield from through_daemon(server, name)
+            for line in through_daemon(server, name):
+                left = TRIES
+                yield line
             return
         except (OSError, http.client.HTTPException, ValueError):
+            left -= 1
             click.echo("the server ended meanwhile; asking the next one", err=True)
             time.sleep(AGAIN_S)
     raise MlxdError("mlxd does not answer; look at `mlxd status` and `mlxd logs --server`")
@@ -88,6 +92,8 @@ def through_daemon(server: store.Server, name: str) -> Generator[Line]:
         line: Line = {}
         while text := answer.readline():
             line = json.loads(text)
+            if line.get("error") == REPLACED:
+                raise ConnectionError
             yield line
     if "error" not in line and line.get("status") != "success":
         raise ConnectionError
@@ -97,7 +103,7 @@ def by_itself(where: paths.Paths, name: str) -> Generator[Line]:
     """Raises MlxdError."""
     from mlxd import pullers
 
-    command = [sys.executable, "-m", "mlxd.pull", name]
+    command = [sys.executable, "-P", "-m", "mlxd.pull", name]  # -P: no module from the directory that we are in
     with tempfile.TemporaryFile() as said:
         # A session of its own: Ctrl-C is for us.
         process = subprocess.Popen(

@@ -67,7 +67,11 @@ def make_view(directory: Path, view: Path) -> dict[str, Any]:
     view.mkdir(parents=True, mode=0o700)
     for name in names:
         if name in settings:
-            (view / name).write_text(json.dumps(without_auto_map(settings[name])), encoding="utf-8")
+            try:
+                text = json.dumps(without_auto_map(settings[name]))
+            except RecursionError:
+                raise Broken(f"{name} is nested too deeply; download the model again") from None
+            (view / name).write_text(text, encoding="utf-8")
         elif name in DATA or name.endswith((".safetensors", ".jinja", ".tiktoken")):
             (view / name).symlink_to((directory / name).resolve())
     return settings["config.json"]
