@@ -359,7 +359,8 @@ class Pool:
                     while True:
                         event = await job.get()
                         if isinstance(event, Failed):
-                            raise Refused(event.status, event.message, code=event.code, hopeless=event.status < 500)
+                            hopeless = event.status < 500 or event.status == 507
+                            raise Refused(event.status, event.message, code=event.code, hopeless=hopeless)
                         entry.note(event)
                         if on_trial and not entry.suspect:
                             on_trial = False

@@ -97,6 +97,13 @@ def test_a_model_that_can_never_fit_is_a_507_that_says_what_would_in_each_dialec
         assert ask(server, "small").status_code == 200
 
 
+def test_a_507_of_an_engine_is_as_final(home: Path) -> None:
+    with supervised(home) as server, server.client() as client:
+        for path in ("/api/chat", "/v1/chat/completions", "/v1/messages"):
+            answer = client.post(path, json={"model": "tiny", "messages": said("fail=507"), "max_tokens": 1, "stream": False})
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (507, "false"), answer.text
+
+
 def test_a_model_larger_than_what_is_available_is_a_507(home: Path) -> None:
     size = psutil.virtual_memory().total * 2
     with serving(home, {"huge": size}, engine={"memory_limit": size * 2}) as server:

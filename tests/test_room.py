@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_client import PLENTY, make_tiny_model
+from engine_client import PLENTY, EngineProcess, make_tiny_model
 from server_client import until
 
 from mlxd import estimate
@@ -173,6 +173,20 @@ def test_a_request_that_waits_can_be_cancelled(builtin: Thread) -> None:
     assert dropped
     assert not builtin.batch.waiting
     assert builtin.batch.held == 0
+
+
+def test_a_request_that_would_not_fit_alone_is_a_507_that_says_how_many_tokens_do(tmp_path: Path) -> None:
+    """Where there is next to nothing, 2,048 tokens fit all the same: with less room the model would not have been loaded."""
+    with EngineProcess(tmp_path / "e") as process, process.load(BUILTIN, share_bytes=1).connect() as wire:
+        assert wire.ask(prompt_ids=[7] * 2000, max_tokens=100).done is not None
+        answer = wire.ask(prompt_ids=[7] * 2100, max_tokens=1)
+        assert answer.failed is not None
+        assert (answer.failed.status, answer.failed.code) == (507, "insufficient_memory")
+        assert "for the 2100 tokens of this request" in answer.failed.message
+        assert "at most 2048 tokens fit; shorten it, unload other models, or raise engine.memory_limit" in answer.failed.message
+        emitted = [7] * 100
+        begun = wire.ask(prompt_ids=[7] * 2000, emitted=emitted, max_tokens=102)
+        assert begun.done is not None, "what has begun goes on"
 
 
 WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
