@@ -52,7 +52,7 @@ status:
 	@if test -x $(VENV)/bin/mlxd; then $(VENV)/bin/mlxd status; else echo "not installed here: make start"; exit 3; fi
 
 test: $(STAMP).test
-	@$(PYTEST) -m "not full" $(ARGS)
+	@MLXD_NEMESIS_S=$${MLXD_NEMESIS_S:-30} $(PYTEST) -m "not full" $(ARGS)
 
 test-full: $(STAMP).test
 	@$(PYTEST) $(ARGS)
