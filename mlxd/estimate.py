@@ -38,6 +38,11 @@ def prefill_bytes(config: Config, tokens: int) -> int:
     return tokens * (4 * hidden + 2 * inner) * number_bytes(config) + 16 * number(text, "vocab_size")
 
 
+def gigabytes(count: float) -> str:
+    """As a refusal has it: small models differ in the second digit."""
+    return f"{max(0, count) / 1e9:.2f} GB"
+
+
 def full_layers(text: Config) -> int:
     """Layers with attention to all tokens."""
     layers = number(text, "num_hidden_layers", "n_layer", "n_layers")

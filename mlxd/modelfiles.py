@@ -128,14 +128,20 @@ def read_weights(directory: Path, names: Iterable[str]) -> dict[str, tuple[str, 
             raise Broken(f"{INDEX} has no weight_map; download the model again")
         for name in sorted({str(name) for name in wanted.values()} - set(shards)):
             raise Broken(f"{name} is missing, {INDEX} names it; download the model again")
-    for name in shards:
-        if found := SHARD.fullmatch(name):  # the index is a file like others: it may not be copied yet
-            for number in range(1, int(found["all"]) + 1):
-                if (other := f"{found['stem']}{number:05}-of-{found['all']}.safetensors") not in shards:
-                    raise Broken(f"{other} is missing, and {name} is there; download the model again")
+    check_shards(shards)
     if not shards:
         raise Broken("model.safetensors is missing; download the model again")
     return {name: (t.dtype, t.shape) for shard in shards for name, t in read_header(directory / shard).items()}
+
+
+def check_shards(shards: list[str]) -> None:
+    """Raises Broken when one that belongs to the others is missing: the index is a file like others, and may not be copied yet."""
+    there = set(shards)
+    families = {(found["stem"], found["all"]): name for name in shards if (found := SHARD.fullmatch(name))}
+    for (stem, last), name in families.items():
+        for number in range(1, int(last) + 1):
+            if (other := f"{stem}{number:05}-of-{last}.safetensors") not in there:
+                raise Broken(f"{other} is missing, and {name} is there; download the model again")
 
 
 Whole = Annotated[int, Meta(ge=0)]

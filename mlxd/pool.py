@@ -21,6 +21,7 @@ import psutil
 from mlxd import causes, estimate, messages, shares
 from mlxd.config import Config
 from mlxd.errors import Refused
+from mlxd.estimate import gigabytes
 from mlxd.journal import Entry
 from mlxd.messages import (
     Cancel,
@@ -535,11 +536,11 @@ class Pool:
         if "count" in lacks:
             why = f"models.max_cached (MLX_MAX_CACHED_MODELS) is {self.config.models.max_cached}, and so many are pinned"
         else:
-            have = f"engine.memory_limit leaves {said(limit)}" if limit < free else f"{said(free)} are available"
-            context = least * model.kv_bytes
+            have = f"engine.memory_limit leaves {gigabytes(limit)}" if limit < free else f"{gigabytes(free)} are available"
+            weights, step = gigabytes(model.size_bytes), gigabytes(model.step_bytes)
             why = (
-                f"it needs {said(needed)} of memory ({said(model.size_bytes)} for its weights, {said(context)} for {least} tokens of "
-                f"context, {said(model.step_bytes)} for a step), and {have}"
+                f"it needs {gigabytes(needed)} of memory ({weights} for its weights, {gigabytes(least * model.kv_bytes)} for {least} tokens of "
+                f"context, {step} for a step), and {have}"
             )
         remedies = [f"unload {other.model.name}" for other in pinned]
         if "count" not in lacks:
@@ -547,7 +548,7 @@ class Pool:
                 remedies.append(f"set models.context_length to {tokens} at most, which would fit")
             if "limit" in lacks:
                 remedies.append(
-                    f"raise engine.memory_limit ({said(shares.limit(self.config.engine.memory_limit))} for all engines)"
+                    f"raise engine.memory_limit ({gigabytes(shares.limit(self.config.engine.memory_limit))} for all engines)"
                 )
             if "free" in lacks:
                 remedies.append("end other programs")
@@ -672,10 +673,6 @@ def now() -> float:
 def going_first(engine: Engine) -> tuple[bool, bool, float]:
     """The order in which engines make room."""
     return not engine.idle, engine.preloaded, engine.used_at
-
-
-def said(count: int) -> str:
-    return f"{max(0, count) / 1e9:.2f} GB"
 
 
 def keep_alive_s(value: float | str | None) -> float | None:

@@ -7,6 +7,7 @@ process ends.
 
 from __future__ import annotations
 
+import functools
 from enum import Enum, auto
 
 import psutil
@@ -31,7 +32,12 @@ class Crowding(Enum):
 
 def limit(memory_limit: int) -> int:
     """Bytes for all engines; `memory_limit` 0: three quarters of the machine's."""
-    return memory_limit or psutil.virtual_memory().total * 3 // 4
+    return memory_limit or machine_bytes() * 3 // 4
+
+
+@functools.cache  # the supervisor asks for each engine each second
+def machine_bytes() -> int:
+    return psutil.virtual_memory().total
 
 
 def share(limit_bytes: int, others: list[int]) -> int:

@@ -55,6 +55,7 @@ from mlxd.boots import Boots
 from mlxd.child import Child
 from mlxd.config import Config
 from mlxd.errors import ConfigError, MlxdError
+from mlxd.estimate import gigabytes
 from mlxd.exits import Exits
 from mlxd.lock import AlreadyRunning, Lock
 from mlxd.messages import EngineDown, EngineUp, ExitRecord
@@ -830,8 +831,8 @@ class Supervisor:
         if word.needed_bytes <= left:
             return ""
         return (
-            f"{word.model} needs {word.needed_bytes / 1e9:.2f} GB of memory, and engine.memory_limit leaves {left / 1e9:.2f} GB: it is not "
-            "loaded before a request asks for it"
+            f"{word.model} needs {gigabytes(word.needed_bytes)} of memory, and engine.memory_limit leaves {gigabytes(left)}: it is not loaded "
+            "before a request asks for it"
         )
 
     def new_engine(self, word: messages.Want | None) -> None:

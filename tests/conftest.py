@@ -98,6 +98,16 @@ class Daemon:
             check=False,
         )
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Daemon]:
+        """Started and ready meanwhile, closed whatever happens."""
+        self.start()
+        try:
+            self.ready()
+            yield self
+        finally:
+            self.close()
+
     def signal(self, number: int) -> None:
         os.kill(self.status()["supervisor"]["pid"], number)
 

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NO_SPARE, Daemon, eventually, http
+from conftest import Daemon, eventually, http
 from server_client import make_model
+from test_mlxd import real_settings
 
 import mlxd
 from mlxd import paths
@@ -27,11 +28,6 @@ from mlxd.lock import flocked
 
 BUILTIN = Path(mlxd.__file__).parent / "builtin"
 INFERENCE, ADMIN = "inference-0123456789", "admin-0123456789abc"
-
-
-def settings(home: Path) -> dict[str, str]:
-    (home / "models").mkdir(exist_ok=True)
-    return {"MLX_MODELS_DIR": str(home / "models"), "HF_HOME": str(home / "hub"), "MLXD_SUPERVISOR_SPARE_BYTES": NO_SPARE}
 
 
 def column(table: str, heading: str) -> list[str]:
@@ -58,7 +54,7 @@ def answered(daemon: Daemon, command: list[str], keys: bytes) -> tuple[int, str,
 @pytest.fixture
 def stopped(home: Path) -> Daemon:
     """One that does not run, with the models `real` and `org/other`."""
-    d = Daemon(home, **settings(home))
+    d = Daemon(home, **real_settings(home))
     make_model(home / "models" / "real", thinks=True)
     make_model(home / "models" / "org" / "other")
     return d
@@ -178,17 +174,13 @@ def running() -> Iterator[Daemon]:
     with tempfile.TemporaryDirectory(prefix="mlxd-t-") as name:
         home = Path(name)
         patient = {"MLXD_HEALTH_SUSPECT_S": "600", "MLXD_HEALTH_FROZEN_S": "600", "MLXD_HEALTH_INTERVAL_S": "600"}
-        d = Daemon(home, MLX_PRELOAD_MODELS="", MLX_MAX_CACHED_MODELS="1", **settings(home) | patient)
+        d = Daemon(home, MLX_PRELOAD_MODELS="", MLX_MAX_CACHED_MODELS="1", **real_settings(home) | patient)
         for model in ("a", "b"):
             shutil.copytree(BUILTIN, home / "models" / model)
         (home / "token").touch(0o600)
         (home / "token").write_text(f"inference {INFERENCE}\nadmin {ADMIN}\n")
-        d.start()
-        try:
-            d.ready()
+        with d.running():
             yield d
-        finally:
-            d.close()
 
 
 def loaded(daemon: Daemon) -> list[str]:
@@ -199,7 +191,7 @@ def test_with_a_daemon_the_same_is_said_as_without(running: Daemon) -> None:
     d = running
     assert d.mlxd("cp", "a", "twin").returncode == 0
     with pytest.MonkeyPatch.context() as patch:
-        for variable, value in settings(d.home).items():
+        for variable, value in real_settings(d.home).items():
             patch.setenv(variable, value)
         disk = store.Disk(d.paths)
         there = json.loads(d.mlxd("list", "--json").stdout)["models"]
@@ -286,7 +278,7 @@ def test_a_model_in_use_is_deleted_when_its_requests_have_ended(running: Daemon)
 
 def test_whoever_else_listens_on_its_port_sees_no_token(home: Path, daemon: Callable[..., Daemon]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
-        d = daemon(MLX_API_PORT=str(stranger.getsockname()[1]), **settings(home))
+        d = daemon(MLX_API_PORT=str(stranger.getsockname()[1]), **real_settings(home))
         (home / "token").touch(0o600)
         (home / "token").write_text(f"admin {ADMIN}\n")
         d.start()

@@ -31,12 +31,8 @@ def both() -> Iterator[Daemon]:
         shutil.copytree(SECOND, Path(home) / "models" / "second")
         shutil.copytree(BUILTIN, Path(home) / "models" / "third")
         settle(d, max_cached=2)
-        d.start()
-        try:
-            d.ready()
+        with d.running():
             yield d
-        finally:
-            d.close()
 
 
 def settle(d: Daemon, **models: Any) -> None:

@@ -47,14 +47,8 @@ def real(daemon: Callable[..., Daemon], home: Path) -> Callable[..., Daemon]:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Daemon]:
     """One of real parts that is ready, for tests that leave it as it was."""
-    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home:
-        d = Daemon(Path(home), **real_settings(Path(home)))
-        d.start()
-        try:
-            d.ready()
-            yield d
-        finally:
-            d.close()
+    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as home, Daemon(Path(home), **real_settings(Path(home))).running() as d:
+        yield d
 
 
 def body_of(question: str, model: str = "mlxd-tiny", **more: Any) -> bytes:

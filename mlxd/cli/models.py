@@ -242,7 +242,9 @@ def echo(lines: Iterable[str]) -> None:
 
 def known(models: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
     """The entry of the model or alias called so."""
-    wanted = name.lower() if ":" in name.rpartition("/")[2] else f"{name.lower()}:latest"
+    from mlxd.models import canonical
+
+    wanted = canonical(name).lower()
     return next((model for model in models if model["name"].lower() == wanted), None)
 
 

@@ -25,6 +25,7 @@ from mlxd.engine.logprobs import Odds, spelled
 from mlxd.engine.sampling import Draw
 from mlxd.engine.text import BYTES_PER_TOKEN, Prompt, Prompter
 from mlxd.errors import Refused
+from mlxd.estimate import gigabytes
 from mlxd.messages import (
     Accepted,
     Call,
@@ -371,9 +372,9 @@ class Service:
     def lack(self, tokens: int, most: int) -> str:
         """Why so many tokens cannot be served, when memory has room for `most` of one request."""
         room = self.batch.room
-        need, have = room.row(tokens + 1) / 1e9, room.bytes / 1e9
+        need, have = gigabytes(room.row(tokens + 1)), gigabytes(room.bytes)
         return (
-            f"{self.loaded.model} needs {need:.2f} GB for the {tokens} tokens of this request and has {have:.2f} GB: at most {most} tokens "
+            f"{self.loaded.model} needs {need} for the {tokens} tokens of this request and has {have}: at most {most} tokens "
             "fit; shorten it, unload other models, or raise engine.memory_limit"
         )
 
