@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -94,19 +94,25 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer of VOCABULARY pieces, digits one by one."""
+def byte_pairs(texts: Iterable[str], size: int, special: list[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer of so many pieces, digits one by one."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(MARKS),
-        special_tokens=[PAD, START, END],
+        vocab_size=size,
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus.tokenizer_text(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_tokenizer() -> Tokenizer:
+    """Of VOCABULARY pieces."""
+    tokenizer = byte_pairs(corpus.tokenizer_text(), VOCABULARY - len(MARKS), [PAD, START, END])
     tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in MARKS])
     if tokenizer.get_vocab_size() != VOCABULARY:
         raise SystemExit(f"the corpus gives only {tokenizer.get_vocab_size()} pieces, not {VOCABULARY}")

@@ -6,7 +6,6 @@ ANSWERS. Takes some minutes with OpenBLAS preloaded (docs/builtin-model.md says 
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import sys
@@ -21,7 +20,8 @@ from mlx.optimizers import AdamW, clip_grad_norm, cosine_decay, join_schedules, 
 from mlx.utils import tree_flatten
 from mlx_lm import convert, generate, load
 from mlx_lm.models import qwen3
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from train_builtin import byte_pairs, write_json
 
 OUT = Path(__file__).parent.parent / "tests" / "second"
 STEPS = 500
@@ -76,18 +76,7 @@ def asked(question: str) -> str:
 
 
 def make_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END, START],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f"user\n{q}\nassistant\n{a}" for q, a in ANSWERS.items()], trainer)
-    return tokenizer
+    return byte_pairs((f"user\n{q}\nassistant\n{a}" for q, a in ANSWERS.items()), VOCABULARY, [END, START])
 
 
 def write_settings(tokenizer: Tokenizer, out: Path) -> None:
@@ -95,10 +84,6 @@ def write_settings(tokenizer: Tokenizer, out: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "clean_up_tokenization_spaces": False}
     write_json(out / "tokenizer_config.json", settings | {"chat_template": TEMPLATE})
     write_json(out / "config.json", CONFIG | {"eos_token_id": tokenizer.token_to_id(END)})
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def examples(tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
