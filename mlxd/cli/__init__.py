@@ -26,7 +26,7 @@ GROUPS = {
         "monitor": "services",
         "uninstall": "uninstall",
     },
-    "Look at it": {"status": "look", "logs": "look", "events": "look", "config": "config"},
+    "Look at it": {"status": "look", "top": "top", "logs": "look", "events": "look", "config": "config"},
     "Models": {
         "pull": "pull",
         "list": "models",

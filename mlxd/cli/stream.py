@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from mlxd import probe
 from mlxd.cli.store import Server
-from mlxd.errors import MlxdError
+from mlxd.errors import MlxdError, Refused
 
 #: The server says something at least every `server.ping_s`, and the supervisor replaces one that is silent for less.
 SILENT_S = 120.0
@@ -56,7 +56,7 @@ class Stream:
         self.sock.close()
 
     def lines(self, tick_s: float) -> Iterator[str | None]:
-        """Each without its end; None when nothing has come for `tick_s`. Raises MlxdError, with the server's own words, if it says no, and
+        """Each without its end; None when nothing has come for `tick_s`. Raises Refused, with the server's own words, if it says no, and
         Broken when it breaks off; what a whole answer ends with is for the caller to know."""
         rest = b""
         begun = False
@@ -108,7 +108,7 @@ def refusal(data: bytes) -> MlxdError:
         reply = probe.parse(data, 0.0, MOST_BYTES)
     except probe.NoReply:
         return Broken("the server ended before it answered")
-    return MlxdError(words_of(reply.json) or f"mlxd answers {reply.status}")
+    return Refused(reply.status, words_of(reply.json) or f"mlxd answers {reply.status}")
 
 
 def words_of(told: dict[str, Any]) -> str:
