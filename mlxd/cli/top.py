@@ -144,9 +144,7 @@ def keyboard() -> Iterator[Callable[[float], bool]]:
     try:
         tty.setcbreak(stdin)
         now = termios.tcgetattr(stdin)
-        now[6][termios.VSUSP] = os.fpathconf(stdin, "PC_VDISABLE").to_bytes(
-            1, sys.byteorder
-        )  # Ctrl-Z would leave the screen as it is
+        now[6][termios.VSUSP] = bytes([os.fpathconf(stdin, "PC_VDISABLE") % 256])  # Ctrl-Z would leave the screen as it is
         termios.tcsetattr(stdin, termios.TCSADRAIN, now)
         yield left
     except KeyboardInterrupt:
@@ -196,7 +194,7 @@ def picture(feed: Feed, console: Console) -> Group:
     parts += [Text(printable(line), "yellow") for line in remarks(now)]
     utf8 = console.encoding.startswith("utf")
     parts += [Text(), speed(feed, console.width, utf8), *(Text(line) for line in figures(now))]
-    for rows in (processes(now), requests(now), models(now), pulls(now)):
+    for rows in (processes(now), requests(now, max(3, console.height // 4)), models(now), pulls(now)):
         if len(rows) > 1:
             parts += [Text(), grid(rows)]
     if told := incidents(now):
@@ -221,7 +219,7 @@ def speed(feed: Feed, width: int, utf8: bool) -> Text:
     from rich.text import Text
 
     rates = [sample["tokens_s"] for sample in feed.samples]
-    text = Text.assemble((f"{rates[-1] if rates else 0.0:8.1f}", "bold"), " tokens/s  ")
+    text = Text.assemble("speed  ", (f"{rates[-1] if rates else 0.0:.1f}", "bold"), " tokens/s  ")
     room = min(len(rates), 60, width - 45)
     if room > 0:
         text.append(sparkline(rates, room, BARS if utf8 else ASCII_BARS), "cyan")
@@ -263,7 +261,7 @@ def snapshot(feed: Feed) -> Iterator[str]:
     rate = feed.samples[-1]["tokens_s"] if feed.samples else 0.0
     yield f"speed  {rate:.1f} tokens/s"
     yield from figures(now)
-    for rows in (requests(now), models(now), pulls(now)):
+    for rows in (requests(now, len(now["requests"])), models(now), pulls(now)):
         if len(rows) > 1:
             yield from table(rows)
     for line, _ in incidents(now):
@@ -309,16 +307,18 @@ def process(name: str, told: dict[str, Any]) -> tuple[str, ...]:
     return name, told["state"], str(told["pid"] or "-"), *figures, str(told.get("running", "")), model
 
 
-def requests(now: dict[str, Any]) -> Rows:
-    """Those in hand."""
+def requests(now: dict[str, Any], most: int) -> Rows:
+    """Those in hand, `most` of them."""
     rows: Rows = [("request", "phase", "age", "tokens", "resumed", "model")]
-    for flight in now["requests"]:
+    for flight in now["requests"][:most]:
         phase = flight["phases"][-1][0] if flight["phases"] else "-"
         tokens = f"{flight['prompt_tokens'] or 0} + {flight['completion_tokens'] or 0}"
         age = age_of(max(0.0, now["at"] - flight["at"]))
         rows.append(
             (printable(flight["path"]), phase, age, tokens, str(flight["resumes"] or ""), shortened(flight["model"] or "-"))
         )
+    if (more := len(now["requests"]) - most) > 0:
+        rows.append((f"and {more} more", "", "", "", "", ""))
     return rows
 
 
