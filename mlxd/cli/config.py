@@ -13,8 +13,8 @@ from mlxd import control, paths
 from mlxd.cli.words import as_json, table
 from mlxd.errors import MlxdError
 
-#: Of a URL in any text: what follows the name of who asks, and a query, which may hold a key.
-PASSWORD, QUERY = re.compile(r"(://[^/@:\s]*):[^/\s]*@"), re.compile(r"(://[^?\s]*\?)\S+")
+#: Of a URL in any text: who asks, with a password or a token, and a query, which may hold a key.
+WHO, QUERY = re.compile(r"://[^/\s]*@"), re.compile(r"(://[^?\s]*\?)\S+")
 
 
 @click.command()
@@ -68,6 +68,8 @@ def harmless(key: str, value: Any) -> Any:
     """Without what may be a secret."""
     if key == "on_event" and value:  # a webhook's address lets in whoever knows it
         return " ".join(without_arguments(shlex.split(value)))
+    if isinstance(value, list):
+        return [harmless("", one) for one in value]
     return masked(value) if isinstance(value, str) else value
 
 
@@ -76,14 +78,16 @@ def without_arguments(command: list[str]) -> list[str]:
 
 
 def masked(text: str) -> str:
-    return QUERY.sub(r"\1...", PASSWORD.sub(r"\1:...@", text))
+    return QUERY.sub(r"\1...", WHO.sub("://...@", text))
 
 
 def in_words(value: Any) -> str:
     from mlxd.logs import printable
 
-    if value is None or value in ("", [], {}):
+    if value in (None, ""):
         return "-"
+    if value in ([], {}):
+        return "none"
     if isinstance(value, float):
         return f"{value:g}"
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
