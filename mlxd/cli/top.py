@@ -255,7 +255,7 @@ def snapshot(feed: Feed) -> Iterator[str]:
     """All of it, once, in plain lines: what `mlxd status` says, then the rest."""
     now = feed.now
     if now["status"]:
-        yield from map(printable, lines_of(now["status"]))
+        yield from map(printable, lines_of(now["status"] | {"ollama": None}))  # which the server has not asked
     else:
         yield f"{now['word']}  the supervisor does not answer"
     rate = feed.samples[-1]["tokens_s"] if feed.samples else 0.0
@@ -344,6 +344,8 @@ def incidents(now: dict[str, Any]) -> list[tuple[str, str]]:
     """Newest first: a line with its style for what ended and how, one for what is done about it, one for its last words."""
     lines = []
     for one in now["incidents"]:
+        if one["cause"] == "stopped":  # as it was told to
+            continue
         age = age_of(max(0.0, now["at"] - datetime.fromisoformat(one["ts"]).timestamp()))
         who = f"{one['child']}-{one['slot']}" if one["child"] != "server" else "server"
         model = f"  {shortened(one['model'])}" if one["model"] else ""
