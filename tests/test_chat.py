@@ -324,7 +324,9 @@ def test_thinking_is_dimmed_and_no_model_drives_the_terminal(server: Server) -> 
     with server.talk() as t:
         t.expect(">>> ")
         t.sendline("go")
-        t.expect_exact("\x1b[2mthinking: h\\x1bm\x1b[0m\x1b[2m (the engine died; the answer goes on) \x1b[0m\r\n\r\n" + plain + ">>> ")
+        t.expect_exact(
+            "\x1b[2mthinking: h\\x1bm\x1b[0m\x1b[2m (the engine died; the answer goes on) \x1b[0m\r\n\r\n" + plain + ">>> "
+        )
         t.sendeof()
     with server.talk(NO_COLOR="1") as t:
         t.expect(">>> ")
