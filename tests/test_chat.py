@@ -174,7 +174,7 @@ def test_json_is_one_object(server: Server) -> None:
 def test_what_goes_wrong_is_one_sentence_and_status_1(server: Server) -> None:
     refused: list[tuple[Any, str, bytes]] = [
         ((404, {"error": {"message": "model 'x' not found"}}), "model 'x' not found", b""),
-        ((503, {"error": "mlxd is starting"}), "mlxd is starting", b""),
+        ((400, {"error": "no such thing"}), "no such thing", b""),
         ((500, None), "mlxd answers 500", b""),
         ([chunk(content="half"), "break"], "the server ended before its answer did", b"half\n"),
         ([chunk(content="half"), 'data: {"error": {"message": "too long"}}'], "too long", b"half\n"),
@@ -191,16 +191,38 @@ def test_what_goes_wrong_is_one_sentence_and_status_1(server: Server) -> None:
 
 
 def test_a_server_that_ends_before_its_answer_has_begun_is_followed_by_the_next(server: Server) -> None:
-    server.script += [["break"], [": ping", "break"], answer("here")]
+    server.script += [["break"], [": ping", "break"], (503, {"error": "mlxd is starting"}), answer("here")]
     ran = server.chat("hello")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"here\n", b"")
-    assert len(server.heard) == 3
+    assert len(server.heard) == 4
 
 
 def test_an_answer_that_is_cut_says_so(server: Server) -> None:
-    server.script.append(answer("half", reason="length"))
+    server.script += [answer("half", reason="length")] * 2
     ran = server.chat("hello")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"half\n", b"the answer is cut: the model's context is full\n")
+    with server.talk("hello") as t:
+        t.expect("half\r\nthe answer is cut: the model's context is full\r\n")
+
+
+def test_what_is_pasted_in_several_lines_is_one_message(server: Server) -> None:
+    server.script += [answer("A")]
+    with server.talk() as t:
+        t.expect(">>> ")
+        t.send("\x1b[200~one\ntwo\x1b[201~\r")
+        t.expect("A\r\n>>> ")
+        t.sendeof()
+    assert contents(server.heard[0]) == [("user", "one\ntwo")]
+
+
+def test_who_reads_no_further_and_who_gives_nothing_to_read_ends_it_quietly(server: Server) -> None:
+    server.script += [answer(*["line\n"] * 20000)]
+    command = [sys.executable, "-m", "mlxd", "chat"]
+    script = '"$@" hello | head -n 1; "$@" <&-'
+    ran = subprocess.run(
+        ["sh", "-c", script, "sh", *command], env=server.environ, capture_output=True, timeout=PATIENCE_S, check=False
+    )
+    assert ran.stdout == b"line\n" and ran.stderr.count(b"\n") == 1 and ran.stderr.startswith(b"Error: the message is empty")
 
 
 # --- at a prompt -------------------------------------------------------------------------------------------------------------------
@@ -211,7 +233,7 @@ def test_a_model_is_told_all_that_was_said_and_commands_are_for_us(server: Serve
     with server.talk() as t:
         for typed, shown in [
             ("a", "A\r\n>>> "),
-            ("/model", r"\*  one +3 MB\r\n   two +3 MB\r\n>>> "),
+            ("/model", r"one answers\r\n.*\*  one +3 MB\r\n   two +3 MB\r\n>>> "),
             ("/model nope", "Error: model 'nope' not found\r\n>>> "),
             ("/model two", "two answers from now on\r\n>>> "),
             ("/system", "there is no system text\r\n>>> "),
@@ -302,12 +324,14 @@ def test_thinking_is_dimmed_and_no_model_drives_the_terminal(server: Server) -> 
     with server.talk() as t:
         t.expect(">>> ")
         t.sendline("go")
-        t.expect_exact("\x1b[2mthinking: h\\x1bm\x1b[0m\x1b[2m (the engine died; the answer goes on) \x1b[0m\r\n\r\n" + plain)
+        t.expect_exact(
+            "\x1b[2mthinking: h\\x1bm\x1b[0m\x1b[2m (the engine died; the answer goes on) \x1b[0m\r\n\r\n" + plain + ">>> "
+        )
         t.sendeof()
     with server.talk(NO_COLOR="1") as t:
         t.expect(">>> ")
         t.sendline("go")
-        t.expect_exact("thinking: h\\x1bm (the engine died; the answer goes on) \r\n\r\n" + plain)
+        t.expect_exact("thinking: h\\x1bm (the engine died; the answer goes on) \r\n\r\n" + plain + ">>> ")
         t.sendeof()
 
 

@@ -19,12 +19,12 @@ from mlxd import paths, probe
 from mlxd.cli import store
 from mlxd.cli.completion import model_names
 from mlxd.cli.stream import Broken, Stream, words_of
-from mlxd.cli.words import as_json, bytes_of, table
-from mlxd.errors import MlxdError
+from mlxd.cli.words import as_json, bytes_of, is_terminal, table
+from mlxd.errors import MlxdError, Refused
 
 #: As much as the server takes of a request.
 MOST_BYTES = 32 * 1024 * 1024
-#: A server that is killed before it has said anything is replaced within a second or two, and the next one is asked.
+#: A server that ends before it has said anything is replaced within a second or two, and the next one is asked.
 TRIES, AGAIN_S = 5, 1.0
 #: Between two turns of the spinner, and between two looks at what is waited for.
 TICK_S, LOOK_S = 0.1, 0.5
@@ -50,9 +50,8 @@ def chat(message: str | None, model: str | None, json_: bool) -> None:
     """
     where = paths.locate()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that is not UTF-8 shows what it can
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     server = store.running(where)
-    if message is None and at_terminal and not json_:
+    if message is None and is_terminal(sys.stdin) and sys.stdout.isatty() and not json_:
         if model is not None:
             server.shown(model)
         Conversation(where, model or usual(server)).run()
@@ -90,44 +89,20 @@ class Answer:
 
 
 class Shown:
-    """Of an answer nothing, while it comes."""
+    """Of an answer nothing, while it comes; but of what it waits for, in a line of a terminal on stderr."""
+
+    def __init__(self) -> None:
+        self.spins = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.line = ""  # as it stands there
 
     def piece(self, text: str, thinking: bool) -> None:
         """Some of it."""
 
-    def wait(self, waiting: Waiting) -> None:
-        """Nothing has come for a tick."""
-
     def resumed(self) -> None:
         """An engine died under it."""
 
-    def cut(self) -> None:
-        """It has no end, for there is no more room."""
-        click.echo("the answer is cut: the model's context is full", err=True)
-
-    def end(self) -> None:
-        """No more comes, for whatever reason."""
-
-
-class Plain(Shown):
-    """The answer and nothing else, as it is; on a terminal what waits for it is told on stderr."""
-
-    def __init__(self) -> None:
-        self.last = "\n"  # character on stdout
-        self.spins = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self.line = ""  # of the spinner, as it stands on stderr
-
-    def piece(self, text: str, thinking: bool) -> None:
-        if not thinking and text:
-            self.out(text)
-
-    def out(self, text: str) -> None:
-        self.wipe()
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        self.last = text[-1]
-
     def wait(self, waiting: Waiting) -> None:
+        """Nothing has come for a tick."""
         if self.spins:
             width = shutil.get_terminal_size().columns - 1
             self.line = f"{SPINNER[int(waiting.age_s / TICK_S) % 4]} {waiting.sentence()}"[:width]
@@ -138,13 +113,39 @@ class Plain(Shown):
         sys.stderr.flush()
 
     def wipe(self) -> None:
-        """The spinner's line."""
         if self.line:
             self.line = ""
             self.talk("\r\x1b[K")
 
+    def cut(self) -> None:
+        """It has no end, for there is no more room."""
+        self.end()
+        click.echo("the answer is cut: the model's context is full", err=True)
+
     def end(self) -> None:
+        """No more comes, for whatever reason."""
         self.wipe()
+
+
+class Plain(Shown):
+    """The answer and nothing else, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = "\n"  # character on stdout
+
+    def piece(self, text: str, thinking: bool) -> None:
+        if not thinking:
+            self.out(text)
+
+    def out(self, text: str) -> None:
+        self.wipe()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self.last = text[-1]
+
+    def end(self) -> None:
+        super().end()
         if self.last != "\n":
             self.out("\n")
 
@@ -164,7 +165,7 @@ class Terminal(Plain):
             self.wipe()
             self.talk(dimmed(seen(text if self.thinks else "thinking: " + text.lstrip())))
             self.thinks = True
-        elif not thinking and text:
+        elif not thinking:
             self.end_thinking()
             self.out(seen(text))
 
@@ -173,7 +174,7 @@ class Terminal(Plain):
             super().wait(waiting)
         elif time.monotonic() > self.heard_at + PAUSE_S:
             self.heard_at = float("inf")  # once a pause
-            self.note(waiting.sentence())
+            self.note(waiting.look())
 
     def resumed(self) -> None:
         self.note("the engine died; the answer goes on")
@@ -222,7 +223,9 @@ class Waiting:
         except probe.NoReply:
             return "waiting for the next server"
         try:
-            loading = [engine["model"] for engine in told["engines"] if engine["state"] == "loading"]
+            engines = told["engines"]
+            ours = [engine for engine in engines if shortened(engine["model"]).lower() == name.lower()]  # none of an alias
+            loading = [engine["model"] for engine in ours or engines if engine["state"] == "loading"]
             waiting = told["queue"]["waiting"]
         except (KeyError, TypeError):  # no server answers, and the supervisor does
             return "waiting for the next server"
@@ -238,14 +241,19 @@ def fill(answer: Answer, where: paths.Paths, messages: list[dict[str, str]], sho
     for left in reversed(range(TRIES)):
         server = store.running(where)
         body = {"model": answer.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        waiting = Waiting(server, answer.model)
         try:
             with Stream(server, "/v1/chat/completions", body) as stream:
-                follow(stream, answer, Waiting(server, answer.model), shown)
+                follow(stream, answer, waiting, shown)
             break
-        except Broken:
-            if answer.text or answer.thinking or not left:
+        except (Broken, Refused) as error:
+            passing = isinstance(error, Broken) or error.status == 503  # nobody serves just now, or too many ask
+            if answer.text or answer.thinking or not (passing and left):
                 raise
-        time.sleep(AGAIN_S)
+        again_at = time.monotonic() + AGAIN_S
+        while time.monotonic() < again_at:
+            shown.wait(waiting)
+            time.sleep(TICK_S)
     if answer.reason == "length":
         shown.cut()
 
@@ -383,6 +391,7 @@ class Conversation:
             self.model = name
             click.echo(f"{shortened(name)} answers from now on")
             return
+        click.echo(f"{shortened(self.model)} answers")
         rows = [(" ", "name", "size")]
         for model in server.models():
             mark = "*" if shortened(model["name"]).lower() == shortened(self.model).lower() else " "
@@ -468,9 +477,9 @@ def usual(server: store.Server) -> str:
 
 def from_stdin() -> str:
     """A message. Raises MlxdError."""
-    if sys.stdin.isatty():
+    if is_terminal(sys.stdin):
         click.echo("type the message; Ctrl-D at the beginning of a line ends it", err=True)
-    data = sys.stdin.buffer.read(MOST_BYTES + 1)
+    data = sys.stdin.buffer.read(MOST_BYTES + 1) if sys.stdin is not None else b""
     if len(data) > MOST_BYTES:
         raise MlxdError(f"the message is larger than {bytes_of(MOST_BYTES)}")
     return data.decode(errors="surrogateescape")

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxd import paths
+from mlxd import __version__, paths
 from mlxd.cli import store
 from mlxd.cli.stream import Broken, Stream
-from mlxd.cli.words import age_of, as_json, bytes_of, lines_of, table
+from mlxd.cli.words import age_of, as_json, bytes_of, is_terminal, lines_of, table
 from mlxd.errors import MlxdError, NotRunning, Refused
 from mlxd.logs import printable
 
@@ -55,17 +55,22 @@ def top(json_: bool) -> None:
     """
     where = paths.locate()
     feed = Feed()
-    if json_ or not sys.stdin.isatty() or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        feed.look(store.running(where))
+    feed.look(store.running(where))  # what is wrong at once is said and not shown
+    try:
         if json_:
             click.echo(json.dumps(feed.now | {"samples": list(feed.samples)}))
+        elif is_terminal(sys.stdin) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            with keyboard() as left:
+                watch(where, feed, left)
         else:
             for line in snapshot(feed):
                 click.echo(line)
-        return
-    feed.look(store.running(where))  # what is wrong at once is said and not shown
-    with keyboard() as left:
-        watch(where, feed, left)
+    except (KeyError, TypeError) as error:
+        if feed.now["version"] == __version__:
+            raise
+        raise MlxdError(
+            f"the server is of mlxd {feed.now['version']}, this command of {__version__}: run `mlxd restart`"
+        ) from error
 
 
 # --- what it knows ----------------------------------------------------------------------------------------------------------------

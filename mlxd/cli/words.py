@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -24,6 +24,11 @@ def our_name() -> str:
     if path.name != "mlxd":
         return "python -m mlxd"
     return "mlxd" if found and Path(found).samefile(path) else str(path)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """None: it was closed before we began."""
+    return stream is not None and stream.isatty()
 
 
 def line_of(told: dict[str, Any]) -> str:
