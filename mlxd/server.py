@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, logs, openapi, tokens
+from mlxd import guard, health, logs, openapi, page, tokens
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -101,6 +101,9 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/health/live", health.live),
     ("GET", "/health/ready", health.ready),
     ("GET", "/openapi.json", describe),
+    ("GET", "/ui", page.document),
+    ("GET", "/ui/page.js", page.script),
+    ("GET", "/ui/page.css", page.style),
 ]
 
 #: What goes to Ollama if the model is there and not here.
