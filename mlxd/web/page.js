@@ -358,7 +358,7 @@ function showIncidents() {
 }
 
 function incidentItem(one) {
-  const words = one.text ? [el("details", {}, el("summary", {}, "Last words"), el("pre", { tabindex: 0, role: "region", "aria-label": "Last words" }, one.text))] : [];
+  const words = one.text ? [el("details", {}, el("summary", {}, "Last words"), el("pre", { tabindex: 0, role: "group", "aria-label": "Last words" }, one.text))] : [];
   return el("li", {}, el("p", { class: "what" }, el("strong"), el("small")), el("p"), ...words);
 }
 
