@@ -1,29 +1,37 @@
-"""The exit records: how the last 50 children ended, in memory and on disk."""
+"""The exit records: how the last 50 children ended, in memory and on disk; and how many ends there were of each kind."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from mlxd import paths
-from mlxd.messages import ExitRecord
+from mlxd.messages import Aboard, ExitRecord, Flight
 from mlxd.papers import Papers
 
 KEPT = 50
-#: 50 records of 8 KB of words and a stack each.
-MAX_FILE_BYTES = 4 * 1024 * 1024
+#: 50 records of 8 KB of words, a stack and flights each.
+MAX_FILE_BYTES = 8 * 1024 * 1024
+#: A server tells of an engine's end within so many records of it, and of so many engines before their end.
+NEAR = 8
+#: What a page or a terminal has room for.
+SHOWN = 10
 
 
 class Exits:
-    """Newest last."""
+    """Newest last. `counts`: ends by kind of child and cause, since this supervisor started. `early`: what servers told of engines whose end
+    is still to be seen, by pid."""
 
     def __init__(self, file: Path, papers: Papers):
         self.file = file
         self.papers = papers
         self.records = deque(read(file), maxlen=KEPT)
+        self.counts: dict[str, Counter[str]] = {}
+        self.early: dict[int, list[Flight]] = {}
 
     @property
     def last(self) -> ExitRecord | None:
@@ -31,6 +39,27 @@ class Exits:
 
     def add(self, record: ExitRecord) -> None:
         self.records.append(record)
+        self.counts.setdefault(record.child, Counter())[record.cause] += 1
+        record.flights = self.early.pop(record.pid, [])
+        self.write()
+
+    def hear(self, word: Aboard) -> None:
+        """A server has lost an engine: before its end is seen here, or soon after. There may be two servers."""
+        for record in list(self.records)[-NEAR:]:
+            if record.pid == word.pid and record.child == "engine":
+                record.flights = record.flights + word.flights
+                self.write()
+                return
+        self.early[word.pid] = self.early.pop(word.pid, []) + word.flights
+        if len(self.early) > NEAR:
+            del self.early[next(iter(self.early))]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The newest ones, newest first, without their stacks."""
+        newest = list(self.records)[: -SHOWN - 1 : -1]
+        return [msgspec.to_builtins(msgspec.structs.replace(record, stack=None)) for record in newest]
+
+    def write(self) -> None:
         self.papers.write(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))
 
 

@@ -215,7 +215,7 @@ def check_body(named: dict[bytes, bytes]) -> None:
 OPEN = frozenset({"/health", "/health/live", "/health/ready", "/ui", "/ui/page.js", "/ui/page.css"})
 #: What an inference token is good for, besides all of /v1/. A path that is not named needs an admin's, so that a new one is not open.
 INFERENCE = frozenset(
-    {"/", "/openapi.json"}
+    {"/", "/openapi.json", "/metrics"}
     | {f"/api/{name}" for name in ("version", "tags", "ps", "show", "generate", "chat", "embed", "embeddings")}
 )
 

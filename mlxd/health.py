@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 import psutil
 
 import mlxd
 from mlxd.admission import Admission
-from mlxd.api.exchange import Exchange
-from mlxd.api.service import Service
 from mlxd.messages import ExitRecord
 from mlxd.pool import Engine, Pool
 
+if TYPE_CHECKING:
+    from mlxd.api.exchange import Exchange
+    from mlxd.api.service import Service
+
 Status = Literal["ok", "degraded", "loading", "draining"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 #: Of the last exit's text: enough to say why, in a body that a monitor reads up to 64 KB of.
 MAX_TEXT = 2000
 

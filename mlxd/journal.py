@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,22 @@ from msgspec import Struct
 
 from mlxd.admission import BUSY, Priority
 from mlxd.errors import Refused
-from mlxd.messages import Accepted, Call, Done, Embed, Event, Format, Progress, Sampling, Submit, Token, TokenLogprob
+from mlxd.messages import (
+    Accepted,
+    Call,
+    Done,
+    Embed,
+    Event,
+    Flight,
+    Format,
+    Outcome,
+    Phase,
+    Progress,
+    Sampling,
+    Submit,
+    Token,
+    TokenLogprob,
+)
 from mlxd.models import Model
 
 #: A request in flight at this many deaths in a row without progress between them is suspect, and at one more given up.
@@ -26,17 +42,33 @@ SUSPECT_DEATHS = 2
 MOST_DEATHS = 3
 #: Bodies of the requests in hand, together; one of the largest always fits.
 MOST_BYTES = 512 * 1024 * 1024
+#: What the flight recorder holds.
+KEPT_FLIGHTS = 200
+#: The last ones of a flight: a request can lose engines for an hour.
+MOST_PHASES = 32
 #: Requests that are known to take engines with them; the oldest is forgotten.
 MOST_POISONS = 1024
 #: What of a request has no part in what the model is asked.
-NOT_ASKED = ("model", "sampling", "max_tokens", "num_ctx", "stop", "top_logprobs", "truncate", "keep_alive_s", "priority", "id")
+NOT_ASKED = (
+    "model",
+    "sampling",
+    "max_tokens",
+    "num_ctx",
+    "stop",
+    "top_logprobs",
+    "truncate",
+    "keep_alive_s",
+    "priority",
+    "id",
+    "path",
+)
 
 
 class Request(Struct, kw_only=True):
     """What a client asked, whatever its dialect. Exactly one of `messages`, `prompt`, `prompt_ids` and `inputs` (to be embedded) is given;
     fields as in messages.Submit and messages.Embed.
 
-    `keep_alive_s`: None leaves the model's own, infinity is for ever.
+    `keep_alive_s`: None leaves the model's own, infinity is for ever. `id`, `path`: of the HTTP request.
     """
 
     model: Model
@@ -59,6 +91,7 @@ class Request(Struct, kw_only=True):
     keep_alive_s: float | None = None
     priority: Priority = Priority.NORMAL
     id: str = ""
+    path: str = ""
 
     def settle(self, context_length: int) -> None:
         """What the client left open its model's alias says, and the configuration (`context_length`; 0: nothing)."""
@@ -110,7 +143,8 @@ class Entry:
 
     `attempts`: how many engines have had it; `deaths`: how many in a row died under it without progress; `cached`: prompt tokens that
     none of them had to compute; `reached`: tokens of prompt and answer that the best of them got through. `digest`: of the model whose
-    tokens these are. `text`, `thinking`, `calls`, `logprobs`: what the answer says so far. Times: of the monotonic clock, ns.
+    tokens these are. `text`, `thinking`, `calls`, `logprobs`: what the answer says so far. `phases`: as in messages.Flight. Times: of the
+    monotonic clock, ns.
     """
 
     def __init__(self, journal: Journal, request: Request, received_ns: int):
@@ -132,6 +166,28 @@ class Entry:
         self.reached = 0
         self.attempts = 0
         self.deaths = 0
+        self.phases: list[tuple[Phase, int]] = [("queued", 0)]
+
+    def enter(self, phase: Phase) -> None:
+        """Into another phase, now."""
+        if self.phases[-1][0] != phase:
+            self.phases.append((phase, (time.monotonic_ns() - self.received_ns) // 1_000_000))
+
+    def flight(self, outcome: Outcome | None = None, status: int = 0) -> Flight:
+        """Its way so far."""
+        return Flight(
+            id=self.request.id,
+            path=self.request.path,
+            model=self.request.model.name,
+            at=round(time.time() - (time.monotonic_ns() - self.received_ns) / 1e9, 3),
+            outcome=outcome,
+            status=status,
+            phases=self.phases[-MOST_PHASES:],
+            prompt_tokens=len(self.prompt_ids or []),
+            cached_tokens=self.cached or 0,
+            completion_tokens=len(self.emitted),
+            resumes=self.resumes,
+        )
 
     def submit(self, job: int, digest: str) -> Submit | Embed:
         """The job that brings this request on from where it is, on an engine of the model with this digest. Raises Refused when that is
@@ -143,6 +199,7 @@ class Entry:
             self.digest, self.prompt_ids, self.cached, self.reached = digest, request.prompt_ids, None, 0
         self.attempts += 1
         self.journal.resumed += self.attempts > 1
+        self.enter("prefill")
         if self.attempts == 1:
             self.submitted_ns = time.monotonic_ns()
         if request.inputs is not None:
@@ -175,6 +232,7 @@ class Entry:
         if isinstance(event, Token):
             if self.first_token_ns is None:
                 self.first_token_ns = time.monotonic_ns()
+            self.enter("decode")
             self.emitted += event.ids
             self.thinking_tokens += len(event.ids) if event.thinking else 0
             self.logprobs += event.logprobs
@@ -188,6 +246,7 @@ class Entry:
         elif isinstance(event, Accepted):
             self.prompt_ids, self.continued = event.prompt_ids, event.continued
             cached = min(event.cached, len(event.prompt_ids))  # a resumed one's emitted tokens may have come from the cache, too
+            self.journal.prefilled += len(event.prompt_ids) - cached
             self.cached = cached if self.cached is None else min(self.cached, cached)
 
     def reach(self, position: int) -> None:
@@ -245,8 +304,8 @@ class Entry:
 
 
 class Journal:
-    """The requests in hand, what those before them came to, and which ones engines do not survive: by fingerprint, until when (on the
-    monotonic clock, s) and the class of the cause."""
+    """The requests in hand, what those before them came to (`flights`: the last ones), and which ones engines do not survive: by
+    fingerprint, until when (on the monotonic clock, s) and the class of the cause. `prefilled`: prompt tokens that engines computed."""
 
     def __init__(self, poison_s: float):
         self.poison_s = poison_s
@@ -255,6 +314,8 @@ class Journal:
         self.finished = 0
         self.resumed = 0
         self.emitted_before = 0
+        self.prefilled = 0
+        self.flights: deque[Flight] = deque(maxlen=KEPT_FLIGHTS)
         self.poisons: dict[bytes, tuple[float, str]] = {}
 
     @contextmanager
@@ -273,6 +334,11 @@ class Journal:
             self.held_bytes -= size_bytes
             self.finished += 1
             self.emitted_before += len(entry.emitted)
+
+    def land(self, entry: Entry, outcome: Outcome, status: int) -> None:
+        """The work on a request has ended."""
+        entry.enter("ended")
+        self.flights.append(entry.flight(outcome, status))
 
     @property
     def emitted(self) -> int:
@@ -302,6 +368,15 @@ class Journal:
             return
         until, cause = known
         raise poisonous(cause, until - now)
+
+
+def outcome(status: int, left: bool) -> Outcome:
+    """What came of a request that was answered with this status."""
+    if left:
+        return "left"
+    if status in (429, 503):
+        return "busy"
+    return "done" if status < 400 else "refused" if status < 500 else "failed"
 
 
 def poisonous(cause: str, left_s: float) -> Refused:

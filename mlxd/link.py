@@ -94,8 +94,9 @@ class Link:
 class ChildSettings(msgspec.Struct, kw_only=True):
     """What the supervisor tells a child in the environment: MLXD_CHILD, one JSON object. Paths are absolute.
 
-    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor) and the files `aliases` and `token`, an
-    engine `socket` (where it listens) and `view` (the directory it makes for its private view of a model's files).
+    The server gets `listen_fds` (listening, non-blocking: the flag is shared with the supervisor), the files `aliases` and `token`, and where
+    the supervisor answers (`control`), an engine `socket` (where it listens) and `view` (the directory it makes for its private view of a
+    model's files).
     """
 
     config: Config
@@ -107,6 +108,7 @@ class ChildSettings(msgspec.Struct, kw_only=True):
     listen_fds: list[int] = []
     aliases: str = ""
     token: str = ""
+    control: str = ""
     socket: str = ""
     view: str = ""
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 #: Both sides of a link must say the same number; another one is held until `mlxd restart`.
-PROTOCOL = 2
+PROTOCOL = 3
 
 # --- what both levels speak about --------------------------------------------------------------------------------------
 
@@ -58,9 +58,35 @@ class Tuning(Struct, frozen=True):
     why: str = ""
 
 
+#: What a request is at: before its slot, while its model is loaded, at its prompt, at its answer, after its engine's death, over.
+Phase = Literal["queued", "loading", "prefill", "decode", "lost", "ended"]
+
+
+#: What came of a request: answered, its client left, refused (4xx), no room for it now (429, 503), failed (any other error).
+Outcome = Literal["done", "left", "refused", "busy", "failed"]
+
+
+class Flight(Struct, kw_only=True):
+    """One request's way through the server, without a word of what it said. `at`: when it came, Unix time, s. `phases`: each with the ms
+    since then at which it began. `outcome`: None while it is under way; `status`: of HTTP, 0 until then. `resumes`: on how many further
+    engines it went on."""
+
+    id: str
+    path: str
+    model: str
+    at: float
+    outcome: Outcome | None
+    status: int
+    phases: list[tuple[Phase, int]]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    resumes: int
+
+
 class ExitRecord(Struct, kw_only=True):
     """How a child ended. `signal` and `code`: exactly one is an int. `text` ends with the child's last words. `remedy`: what happened and
-    what is done about it, or what a person can do, in words."""
+    what is done about it, or what a person can do, in words. `flights`: the requests that it had, as far as a server told."""
 
     ts: str
     child: str
@@ -77,6 +103,7 @@ class ExitRecord(Struct, kw_only=True):
     stack: str | None = None
     remedy: str = ""
     descriptors: int = 0
+    flights: list[Flight] = []
 
 
 # --- the link: child -> supervisor --------------------------------------------------------------------------------------
@@ -138,6 +165,13 @@ class Stalled(Struct, tag="stalled", tag_field="word"):
     """The engine in slot `engine` has work and makes no progress, as the server sees it."""
 
     engine: int
+
+
+class Aboard(Struct, tag="aboard", tag_field="word"):
+    """The requests that I had on the engine with this pid when I lost it."""
+
+    pid: int
+    flights: list[Flight]
 
 
 # --- the link: pulls ------------------------------------------------------------------------------------------------------
@@ -239,7 +273,7 @@ class Reopen(Struct, tag="reopen", tag_field="word"):
     """Open your log file anew."""
 
 
-ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled | Fetch | Abandon | Fetching | Fetched
+ChildWord = Hello | Ready | Beat | Bye | Want | Release | Stalled | Aboard | Fetch | Abandon | Fetching | Fetched
 SupervisorWord = EngineUp | EngineDown | Exited | Drain | Load | Share | Stop | Reopen | Fetch | Fetching | Fetched
 
 # --- the engine's socket: server -> engine -----------------------------------------------------------------------------------

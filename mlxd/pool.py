@@ -24,6 +24,7 @@ from mlxd.errors import Refused
 from mlxd.estimate import gigabytes
 from mlxd.journal import Entry
 from mlxd.messages import (
+    Aboard,
     Cancel,
     Counters,
     Done,
@@ -61,6 +62,9 @@ PAUSE_S = 2.0
 #: request was answered; "": only the connection broke.
 FAULTLESS = causes.FAULTLESS | {""}
 
+#: Flights that are told of one engine: more than run at once, unless somebody has raised that.
+MOST_ABOARD = 64
+
 #: What keeps a model from being loaded: `max_cached`, `memory_limit`, or what is available.
 Lack = Literal["count", "limit", "free"]
 State = Literal["absent", "loading", "ready", "retried", "releasing"]
@@ -73,8 +77,9 @@ class EngineGone(Exception):
 class Job:
     """One request on one engine: what came from it and was not yet taken."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, entry: Entry):
         self.number = number
+        self.entry = entry
         self.events: deque[Event] = deque()
         self.gone: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
@@ -138,7 +143,7 @@ class Connection:
 
     def submit(self, entry: Entry) -> Job:
         """Raises Refused when an engine cannot be told of it."""
-        job = Job(next(self.numbers))
+        job = Job(next(self.numbers), entry)
         try:
             frame = messages.frame(entry.submit(job.number, self.digest))
         except OverflowError:  # msgpack's integers have 64 bits, JSON's any number
@@ -183,11 +188,14 @@ class Connection:
                         self.heard_at = self.beat_at  # it works for another server, whose jobs may fill it
                     self.counters = counters
 
-    def close(self) -> None:
+    def close(self) -> list[Entry]:
+        """The requests that it had."""
         self.writer.close()
-        for job in self.jobs.values():
+        jobs, self.jobs = list(self.jobs.values()), {}
+        for job in jobs:
+            job.entry.enter("lost")
             job.end(EngineGone())
-        self.jobs.clear()
+        return [job.entry for job in jobs]
 
 
 async def read_frame(reader: asyncio.StreamReader) -> messages.FromEngine:
@@ -258,7 +266,7 @@ class Pool:
         self,
         config: Config,
         keep_alive_s: float,
-        say: Callable[[Want | Release | Stalled], None],
+        say: Callable[[Want | Release | Stalled | Aboard], None],
         look_up: Callable[[str], Awaitable[Model | None]],
         ask_neighbour: Callable[[], Awaitable[bool]] | None = None,
     ):
@@ -653,8 +661,7 @@ class Pool:
             try:
                 await connection.listen()
             except (OSError, EOFError, ValueError):
-                connection.close()
-                engine.connection = None
+                self.cut(engine, connection)
                 self.turn(engine, "loading" if engine.state == "ready" else engine.state)
 
     def disconnect(self, engine: Engine) -> None:
@@ -662,8 +669,13 @@ class Pool:
             engine.connecting.cancel()
             engine.connecting = None
         if engine.connection is not None:
-            engine.connection.close()
-            engine.connection = None
+            self.cut(engine, engine.connection)
+
+    def cut(self, engine: Engine, connection: Connection) -> None:
+        """The connection is broken; the supervisor learns what the engine had in hand."""
+        engine.connection = None
+        if lost := connection.close():
+            self.say(Aboard(connection.loaded.pid, [entry.flight() for entry in lost[:MOST_ABOARD]]))
 
 
 def now() -> float:

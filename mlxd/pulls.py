@@ -47,6 +47,7 @@ class Pulls:
     def __init__(self, say: Callable[[ChildWord], None]):
         self.say = say
         self.followers: dict[str, list[Follower]] = {}  # by the name of the repository in lower case
+        self.heard: dict[str, dict[str, Fetching]] = {}  # by the same, then by file
 
     @contextlib.contextmanager
     def following(self, name: str) -> Iterator[Follower]:
@@ -61,6 +62,7 @@ class Pulls:
                 self.followers[key].remove(follower)
                 if not self.followers[key]:
                     del self.followers[key]
+                    self.heard.pop(key, None)
                     self.say(Abandon(name))
 
     def hear(self, word: Fetching | Fetched) -> None:
@@ -73,6 +75,20 @@ class Pulls:
             follower.hear(word)
         if isinstance(word, Fetched):
             del self.followers[key]
+            self.heard.pop(key, None)
+        else:
+            files = self.heard.setdefault(key, {})
+            files.pop(word.digest, None)  # so that the newest stands last
+            files[word.digest] = word
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Each pull as a whole: what was said of it last, and how far its files are, as far as they have been named."""
+        found = []
+        for files in self.heard.values():
+            last, told = list(files.values())[-1], files.values()
+            sums = {"total": sum(word.total for word in told), "completed": sum(word.completed for word in told)}
+            found.append({"name": last.name, "status": last.status} | sums)
+        return found
 
 
 def told(word: Fetching | Fetched) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, logs, openapi, page, tokens
+from mlxd import guard, health, logs, openapi, overview, page, tokens
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -100,6 +100,10 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/health", health.report),
     ("GET", "/health/live", health.live),
     ("GET", "/health/ready", health.ready),
+    ("GET", "/metrics", overview.metrics),
+    ("GET", "/ui/feed", overview.feed),
+    ("GET", "/ui/flights", overview.flights),
+    ("GET", "/ui/log", overview.log),
     ("GET", "/openapi.json", describe),
     ("GET", "/ui", page.document),
     ("GET", "/ui/page.js", page.script),
@@ -172,6 +176,7 @@ class App:
             await refuse(exchange, refusal(error))
         finally:
             self.service.exchanges.discard(exchange)
+            self.service.metrics.count(exchange)
             note(exchange)
 
     async def handle(self, exchange: Exchange) -> None:
@@ -215,11 +220,15 @@ async def refuse(exchange: Exchange, refused: Refused) -> None:
     await exchange.reply(refused.status, error_body(exchange, refused))
 
 
+#: Where monitors and pages look.
+WATCHED = ("/health", "/metrics", "/ui")
+
+
 def note(exchange: Exchange) -> None:
     """A request's line in the log, at its end. Nothing of what was asked but the path and a known model: no query, no header, no body. Who
-    looks at our health every few seconds is not noted."""
+    looks at us every few seconds is not noted."""
     method, path = exchange.scope["method"][:20], exchange.scope["raw_path"].decode("latin-1")
-    if exchange.status == 200 and path.startswith("/health"):
+    if exchange.status == 200 and path.startswith(WATCHED):
         return
     path = path if len(path) <= MOST_PATH else path[:MOST_PATH] + "..."
     fields = {
@@ -227,14 +236,14 @@ def note(exchange: Exchange) -> None:
         "path": path,
         "status": exchange.status or None,
         "ms": exchange.age_ns() // 1_000_000,
-        "model": exchange.model,
+        "model": exchange.model.name if exchange.model else None,
         "prompt_tokens": exchange.prompt_tokens,
         "completion_tokens": exchange.completion_tokens,
         "end": "left" if exchange.left else "failed" if exchange.failed else "done",
     }
     parts = [f"{method} {path}", f"{exchange.status or '-'}", f"{fields['ms']} ms"]
     if exchange.model is not None:
-        parts += [exchange.model, f"tokens {exchange.prompt_tokens}+{exchange.completion_tokens}"]
+        parts += [exchange.model.name, f"tokens {exchange.prompt_tokens}+{exchange.completion_tokens}"]
     if fields["end"] != "done":
         parts.append(fields["end"])
     log.info("%s", "  ".join(parts), extra={"fields": fields})
@@ -294,7 +303,9 @@ class Process:
         self.connections = Connections(settings.config.server, most)
         self.settings = settings
         self.link = link
-        self.service = Service(settings.config, link.send, settings.nonce, settings.aliases)
+        self.service = Service(
+            settings.config, link.send, settings.nonce, settings.aliases, settings.control, str(Path(settings.log).parent)
+        )
         self.service.tokens = tokens.load(Path(settings.token), settings.config)
         self.http = Http(
             uvicorn.Config(

@@ -125,6 +125,7 @@ def report(s: Supervisor) -> dict[str, Any]:
         ],
         "pullers": [process(one, now) | {"slot": one.slot, "model": one.model} for one in s.pullers],
         "last_exit": msgspec.to_builtins(s.exits.last),
+        "ends": s.exits.counts,
         "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),
         "control": str(s.paths.control),

@@ -430,6 +430,7 @@ class Supervisor:
             listen_fds=[s.fileno() for s in self.port.sockets] if one.kind == "server" else [],
             aliases=str(self.paths.aliases) if one.kind == "server" else "",
             token=str(self.paths.token) if one.kind == "server" else "",
+            control=str(self.paths.control) if one.kind == "server" else "",
             socket=str(self.paths.engine_socket(one.slot)) if one.kind == "engine" else "",
             view=str(self.paths.views / one.name) if one.kind == "engine" else "",
         )
@@ -736,6 +737,8 @@ class Supervisor:
                     if engine.slot == slot and engine.state is State.READY:
                         log.warning("%s hears nothing from %s", one.name, engine.title)
                         self.accuse(engine, "stalled")
+            case messages.Aboard() if one.kind == "server":
+                self.exits.hear(word)
             case _:
                 log.warning("%s: unexpected word %s", one.title, type(word).__name__)
 
@@ -1149,6 +1152,7 @@ class Supervisor:
     def verbs(self) -> dict[str, desk.Verb]:
         return {
             "status": self.do_status,
+            "exits": self.do_exits,
             "stop": self.do_stop,
             "restart": self.do_restart,
             "restart_supervisor": self.do_restart_supervisor,
@@ -1157,6 +1161,9 @@ class Supervisor:
 
     async def do_status(self, _: dict[str, Any]) -> dict[str, Any]:
         return status.report(self)
+
+    async def do_exits(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"exits": self.exits.shown()}
 
     async def do_stop(self, _: dict[str, Any]) -> dict[str, Any]:
         if not self.stopping:

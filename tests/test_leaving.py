@@ -19,6 +19,7 @@ from server_client import PATIENCE_S, Background, Engine, Supervised, supervised
 from mlxd import messages
 from mlxd.api.service import Service
 from mlxd.config import Config
+from mlxd.journal import Entry, Request
 from mlxd.messages import EngineUp, Loaded, Pulse, Stalled
 from mlxd.models import BUILTIN
 from mlxd.pool import PAUSE_S, Connection, Job
@@ -133,10 +134,11 @@ def test_a_server_that_was_stopped_itself_does_not_blame_an_engine() -> None:
         pool = service.pool
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours)
-        engine = pool.engine(await service.find(BUILTIN))
+        model = await service.find(BUILTIN)
+        engine = pool.engine(model)
         engine.state, engine.up = "ready", EngineUp(7, 1, BUILTIN, "")
         connection = engine.connection = Connection(reader, writer, Loaded(pid=1, model=BUILTIN, context_length=1))
-        connection.jobs[1] = Job(1)
+        connection.jobs[1] = Job(1, Entry(service.journal, Request(model=model), 0))
         silent = pool.clock() - pool.config.health.silent_s - 1
         connection.heard_at, pool.swept_at = silent, pool.clock() - PAUSE_S - 2
         pool.sweep()

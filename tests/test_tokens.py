@@ -35,6 +35,7 @@ FILE = f"# mine\n\ninference {INFERENCE}\n  admin\t{ADMIN}\r\n{OTHER}\n"
 FOR_INFERENCE = {
     "/": ["GET"],
     "/openapi.json": ["GET"],
+    "/metrics": ["GET"],
     "/api/version": ["GET"],
     "/api/tags": ["GET"],
     "/api/ps": ["GET"],
@@ -54,6 +55,9 @@ FOR_INFERENCE = {
     "/v1/messages/count_tokens": ["POST"],
 }
 FOR_ADMINS = {
+    "/ui/feed": ["GET"],
+    "/ui/flights": ["GET"],
+    "/ui/log": ["GET"],
     "/api/copy": ["POST"],
     "/api/create": ["POST"],
     "/api/delete": ["DELETE"],

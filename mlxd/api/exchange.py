@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlxd
 from mlxd.errors import Refused
 from mlxd.guard import MAX_BODY_BYTES
+from mlxd.models import Model
 from mlxd.tokens import Access
 from mlxd.uploads import Uploads
 
@@ -38,8 +39,8 @@ class Filler(Protocol):
 class Exchange:
     """`headers` go out with the answer, whatever it is. `started`: its status is on the wire, `finished`: its last byte, too.
     `writing_since`: when the write in progress began, `spoke_at`: the last one, on the loop's clock; None when there is none.
-    `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for the log, as far as they are known. `failed`: the
-    answer had begun and ended with an error.
+    `status`: of the answer, 0 before it. `model`, `prompt_tokens`, `completion_tokens`: for log and metrics, as far as they are known.
+    `failed`: the answer had begun and ended with an error.
     `asked`: the body, if `keeps_body`, for as long as somebody else may have to answer it.
     `access`: what its sender may do. `filler`: None while the answer may still get a status of its own, or is no stream."""
 
@@ -54,7 +55,7 @@ class Exchange:
         self.access = Access.NONE
         self.body_bytes = 0
         self.status = 0
-        self.model: str | None = None
+        self.model: Model | None = None
         self.prompt_tokens = self.completion_tokens = 0
         self.failed = False
         self.keeps_body = False

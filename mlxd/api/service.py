@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import psutil
 
 from mlxd import guard, ollama
 from mlxd.admission import Admission, Priority
@@ -21,9 +24,12 @@ from mlxd.api.store import Store
 from mlxd.config import Config
 from mlxd.errors import ConfigError, Refused
 from mlxd.fallback import HURRY_S, Fallback, address
-from mlxd.journal import Answered, Entry, Journal, Request
+from mlxd.history import History
+from mlxd.journal import Answered, Entry, Journal, Request, outcome
 from mlxd.messages import Accepted, Call, ChildWord, Counters, Done, Embedded, Event, ExitRecord, Progress, Token
+from mlxd.metrics import Metrics
 from mlxd.models import BUILTIN, Catalogue, Model
+from mlxd.oversight import Oversight
 from mlxd.pool import Engine, Pool, keep_alive_s
 from mlxd.pulls import Pulls
 from mlxd.ratelimit import RateLimit
@@ -70,9 +76,17 @@ Tell = Callable[[int, Entry, Event], Awaitable[None]]
 
 class Service:
     """All that requests share. Without a supervisor (an imported app) there is nobody to run engines, and it says so. `aliases`: their
-    file; "": there are none."""
+    file, `control`: where the supervisor answers, `logs`: the directory of logs; "": there is none."""
 
-    def __init__(self, config: Config, say: Callable[[ChildWord], None] | None = None, nonce: str = "", aliases: str = ""):
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[ChildWord], None] | None = None,
+        nonce: str = "",
+        aliases: str = "",
+        control: str = "",
+        logs: str = "",
+    ):
         server = config.server
         self.config = config
         self.nonce = nonce
@@ -94,6 +108,10 @@ class Service:
         self.fallback = Fallback(config, self.look_up) if config.fallback.ollama else None
         self.problems: list[str] = []
         self.last_exit: ExitRecord | None = None
+        self.logs = logs
+        self.oversight = Oversight(control)
+        self.history = History()
+        self.metrics = Metrics(self)
 
     # --- models ---------------------------------------------------------------------------------------------------------------
 
@@ -154,7 +172,7 @@ class Service:
 
     async def load(self, exchange: Exchange, model: Model, keep_alive_s: float | None) -> int:
         """Load a model, or unload it (0 seconds); ns since the request came. Raises Refused."""
-        exchange.model = model.name
+        exchange.model = model
         with self.pool.using(model, keep_alive_s) as engine:
             if keep_alive_s != 0:
                 self.check_supervised()
@@ -214,7 +232,7 @@ class Service:
         """All events of the requests, until their client leaves. Raises Refused."""
         self.check_supervised()
         model = requests[0].model
-        exchange.model = model.name
+        exchange.model = model
         if not self.stand_in(model):
             exchange.asked = None
         if model.embeds and requests[0].inputs is None:
@@ -223,13 +241,21 @@ class Service:
         with contextlib.ExitStack() as kept:
             entries: list[Entry] = []
             for request in requests:
-                request.priority, request.id = priority(exchange), exchange.request_id
+                request.priority, request.id, request.path = priority(exchange), exchange.request_id, exchange.scope["path"]
                 request.settle(self.config.models.context_length)
                 size = 0 if entries else exchange.body_bytes
                 entries.append(kept.enter_context(self.journal.keep(request, exchange.received_ns, size)))
+            status = 500
             try:
                 await exchange.while_connected(self.run(exchange, entries, tell, filler))
+                status = 200
+            except Refused as refused:
+                status = refused.status
+                raise
             finally:
+                for entry in entries:
+                    self.journal.land(entry, outcome(status, exchange.left), status)
+                    self.metrics.land(entry)
                 exchange.prompt_tokens += sum(len(entry.prompt_ids or []) for entry in entries)
                 exchange.completion_tokens = sum(len(entry.emitted) for entry in entries)
 
@@ -243,7 +269,12 @@ class Service:
                     tickets = [places.enter_context(self.admission.enter(request.priority)) for _ in entries]
                     engine = places.enter_context(self.pool.using(request.model, request.keep_alive_s))
                     exchange.filler = filler
+                    if engine.state != "ready":
+                        for entry in entries:
+                            entry.enter("loading")
                     await self.ready(exchange, engine, request.model)
+                    for entry in entries:
+                        entry.enter("queued")
                     exchange.filler = filler if exchange.started else None  # in the queue a 503 is worth more than patience
 
                     async def go(choice: int) -> None:
@@ -287,10 +318,25 @@ class Service:
         )
 
     def sweep(self) -> None:
-        """Once a second: models that nobody uses, streams that have been silent for long."""
+        """Once a second: models that nobody uses, streams that have been silent for long; figures for the page."""
         self.pool.sweep()
+        self.sample()
         for exchange in list(self.exchanges):
             exchange.fill(self.config.server.ping_s)
+
+    def sample(self) -> None:
+        now = time.time()
+        if self.history.due(now):
+            told = [engine.connection.counters for engine in self.pool.present if engine.connection]
+            self.history.take(
+                now,
+                emitted=self.journal.emitted,
+                prefilled=self.journal.prefilled,
+                running=self.admission.running,
+                waiting=self.admission.waiting,
+                engines_bytes=sum(counters.active_bytes + counters.cache_bytes for counters in told),
+                available_bytes=psutil.virtual_memory().available,
+            )
 
 
 def default_keep_alive_s(config: Config) -> float:
