@@ -40,7 +40,9 @@ SSE = b"text/event-stream"
 
 async def feed(service: Service, exchange: Exchange) -> None:
     """Server-sent events: the last ten minutes in figures (`history`), then how everything is, each second and at every change (`now`)."""
-    await exchange.while_connected(follow(service, exchange))
+    with contextlib.suppress(Refused):  # this server ends, and so does its feed
+        await exchange.while_connected(follow(service, exchange))
+    await exchange.write(b"", last=True)
 
 
 async def follow(service: Service, exchange: Exchange) -> None:
@@ -54,7 +56,6 @@ async def follow(service: Service, exchange: Exchange) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TICK_S - HASTE_S):
                 await changed.wait()
-    await exchange.write(b"", last=True)
 
 
 def event(name: str, data: dict[str, Any]) -> bytes:

@@ -79,6 +79,11 @@ class Paths:
         return self.home / "events.jsonl"
 
     @property
+    def chat_history(self) -> Path:
+        """What was typed at the prompt of `mlxd chat`."""
+        return self.home / "chat_history"
+
+    @property
     def config(self) -> Path:
         return self.config_dir / "config.toml"
 
@@ -147,7 +152,7 @@ def purge(paths: Paths) -> None:
         (paths.run, ("*.sock", "*.stack", "lease")),
         (paths.logs, ("*.log",)),
         (paths.home, ("mlxd.pid", "mlxd.lock", "state.json*", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
-        (paths.home, ("recovery.json", "recovery.lock")),
+        (paths.home, ("recovery.json", "recovery.lock", "chat_history")),
         (paths.config_dir, ("config.toml", ".env", "token")),
     ):
         for name in names:

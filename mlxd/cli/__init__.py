@@ -26,7 +26,7 @@ GROUPS = {
         "monitor": "services",
         "uninstall": "uninstall",
     },
-    "Look at it": {"status": "look", "logs": "look", "events": "look"},
+    "Look at it": {"status": "look", "top": "top", "logs": "look", "events": "look", "config": "config"},
     "Models": {
         "pull": "pull",
         "list": "models",
@@ -38,7 +38,7 @@ GROUPS = {
         "alias": "models",
         "rm": "models",
     },
-    "Use it": {"env": "services"},
+    "Use it": {"chat": "chat", "env": "services", "completion": "completion"},
 }
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
 

@@ -15,6 +15,7 @@ import click
 
 from mlxd import control, paths
 from mlxd.cli import store
+from mlxd.cli.completion import model_names
 from mlxd.cli.words import age_of, as_json, bytes_of, table
 from mlxd.errors import MlxdError
 
@@ -32,7 +33,7 @@ def list_(json_: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @as_json
 def show(name: str, json_: bool) -> None:
     """Show what is known of a model."""
@@ -64,7 +65,7 @@ def ps(json_: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 @click.option("--keep-alive", metavar="DURATION", help="How long it stays without a request: 5m, 1h30m, -1 for ever.")
 def load(name: str, keep_alive: str | None) -> None:
     """Load a model, and wait until it is ready."""
@@ -87,7 +88,7 @@ def load(name: str, keep_alive: str | None) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=model_names)
 def unload(name: str) -> None:
     """Unload a model; requests that it has are answered first."""
     check(name)
@@ -103,7 +104,7 @@ def unload(name: str) -> None:
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=model_names)
 @click.argument("destination")
 def cp(source: str, destination: str) -> None:
     """Give a model another name; no file is copied."""
@@ -114,10 +115,10 @@ def cp(source: str, destination: str) -> None:
 
 @click.command()
 @click.argument("name", required=False)
-@click.argument("source", required=False)
+@click.argument("source", required=False, shell_complete=model_names)
 @click.option("--system", metavar="TEXT", help="What the model is told first where a request says nothing else.")
 @click.option("--parameter", "parameters", nargs=2, multiple=True, metavar="KEY VALUE", help="An option by Ollama's name.")
-@click.option("--remove", metavar="NAME", help="Remove this alias; its model stays.")
+@click.option("--remove", metavar="NAME", shell_complete=model_names, help="Remove this alias; its model stays.")
 @as_json
 def alias(
     name: str | None, source: str | None, system: str | None, parameters: list[tuple[str, str]], remove: str | None, json_: bool
@@ -145,7 +146,7 @@ def alias(
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=model_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_context
 def rm(ctx: click.Context, names: tuple[str, ...], yes: bool) -> None:

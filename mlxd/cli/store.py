@@ -12,6 +12,8 @@ from mlxd.lock import is_locked
 #: Of a question that no model is loaded for; deleting one that is in use waits for its requests.
 ANSWER_S = 30.0
 DELETE_S = 600.0
+#: Of a question that a shell asks while somebody types.
+TYPING_S = 1.0
 MOST_BYTES = 16 * 1024 * 1024
 
 
@@ -49,6 +51,18 @@ def running(where: paths.Paths) -> Server:
     if told["state"] == "held":  # somebody else may listen on its port, and is not to see a token
         raise MlxdError(f"mlxd is held: {told['reason']}")
     return Server(told["url"], token(where))
+
+
+def names(where: paths.Paths) -> list[str]:
+    """What models may be called, as short as it goes, for a shell that completes. Raises MlxdError, soon, where nobody can tell."""
+    from mlxd.models import is_name
+
+    try:
+        told = control.ask(where.control, "status", timeout_s=TYPING_S)
+        models = Server(told["url"], token(where)).ask("/api/tags", limit_s=TYPING_S)["models"] if told["state"] != "held" else []
+    except NotRunning:
+        models = Disk(where).models()
+    return [name.removesuffix(":latest") for name in (str(model["name"]) for model in models) if is_name(name)]
 
 
 def token(where: paths.Paths) -> str:

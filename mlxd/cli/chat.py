@@ -1,0 +1,506 @@
+"""Talking to a model: chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxd import paths, probe
+from mlxd.cli import store
+from mlxd.cli.completion import model_names
+from mlxd.cli.stream import Broken, Stream, words_of
+from mlxd.cli.words import as_json, bytes_of, table
+from mlxd.errors import MlxdError
+
+#: As much as the server takes of a request.
+MOST_BYTES = 32 * 1024 * 1024
+#: A server that is killed before it has said anything is replaced within a second or two, and the next one is asked.
+TRIES, AGAIN_S = 5, 1.0
+#: Between two turns of the spinner, and between two looks at what is waited for.
+TICK_S, LOOK_S = 0.1, 0.5
+SPINNER = "-\\|/"
+#: An answer that pauses for so long is asked after.
+PAUSE_S = 3.0
+#: Lines of the history file.
+MOST_LINES = 1000
+MOST_HISTORY_BYTES = 1024 * 1024
+#: What would drive the reader's terminal, or turn round what stands beside it: control characters but tabs and line ends, overrides of the
+#: direction of writing, and halves of characters. Joiners and blanks of other scripts are no such thing, though not `isprintable`.
+DRIVING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@click.command()
+@click.argument("message", required=False)
+@click.option("--model", metavar="NAME", shell_complete=model_names, help="Ask this one, not the one that is loaded.")
+@as_json
+def chat(message: str | None, model: str | None, json_: bool) -> None:
+    """Talk to a model.
+
+    With MESSAGE, or a message on stdin (MESSAGE "-", or a pipe), print the answer and end; else talk at a prompt, where /help helps.
+    """
+    where = paths.locate()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that is not UTF-8 shows what it can
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    server = store.running(where)
+    if message is None and at_terminal and not json_:
+        if model is not None:
+            server.shown(model)
+        Conversation(where, model or usual(server)).run()
+        return
+    said = from_stdin() if message in (None, "-") else message
+    answer = Answer(model or usual(server))
+    shown = Shown() if json_ else Terminal() if sys.stdout.isatty() else Plain()
+    try:
+        fill(answer, where, [spoken("user", said or "")], shown)
+    finally:
+        shown.end()
+    if json_:
+        click.echo(json.dumps(answer.as_dict()))
+
+
+# --- one answer -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What has come of it. `resumes`: engines that died of or under it. `reason`: of its end, in OpenAI's words; "" before it."""
+
+    model: str
+    text: str = ""
+    thinking: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    resumes: int = 0
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        del found["reason"]
+        return found
+
+
+class Shown:
+    """Of an answer nothing, while it comes."""
+
+    def piece(self, text: str, thinking: bool) -> None:
+        """Some of it."""
+
+    def wait(self, waiting: Waiting) -> None:
+        """Nothing has come for a tick."""
+
+    def resumed(self) -> None:
+        """An engine died under it."""
+
+    def cut(self) -> None:
+        """It has no end, for there is no more room."""
+        click.echo("the answer is cut: the model's context is full", err=True)
+
+    def end(self) -> None:
+        """No more comes, for whatever reason."""
+
+
+class Plain(Shown):
+    """The answer and nothing else, as it is; on a terminal what waits for it is told on stderr."""
+
+    def __init__(self) -> None:
+        self.last = "\n"  # character on stdout
+        self.spins = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.line = ""  # of the spinner, as it stands on stderr
+
+    def piece(self, text: str, thinking: bool) -> None:
+        if not thinking and text:
+            self.out(text)
+
+    def out(self, text: str) -> None:
+        self.wipe()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self.last = text[-1]
+
+    def wait(self, waiting: Waiting) -> None:
+        if self.spins:
+            width = shutil.get_terminal_size().columns - 1
+            self.line = f"{SPINNER[int(waiting.age_s / TICK_S) % 4]} {waiting.sentence()}"[:width]
+            self.talk(f"\r{self.line}\x1b[K")
+
+    def talk(self, text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def wipe(self) -> None:
+        """The spinner's line."""
+        if self.line:
+            self.line = ""
+            self.talk("\r\x1b[K")
+
+    def end(self) -> None:
+        self.wipe()
+        if self.last != "\n":
+            self.out("\n")
+
+
+class Terminal(Plain):
+    """The answer for eyes: its thinking, too, dimmed and on stderr, and nothing that could drive the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talks = sys.stderr.isatty()
+        self.thinks = False
+        self.heard_at = time.monotonic()
+
+    def piece(self, text: str, thinking: bool) -> None:
+        self.heard_at = time.monotonic()
+        if thinking and self.talks:
+            self.wipe()
+            self.talk(dimmed(seen(text if self.thinks else "thinking: " + text.lstrip())))
+            self.thinks = True
+        elif not thinking and text:
+            self.end_thinking()
+            self.out(seen(text))
+
+    def wait(self, waiting: Waiting) -> None:
+        if self.last == "\n" and not self.thinks:
+            super().wait(waiting)
+        elif time.monotonic() > self.heard_at + PAUSE_S:
+            self.heard_at = float("inf")  # once a pause
+            self.note(waiting.sentence())
+
+    def resumed(self) -> None:
+        self.note("the engine died; the answer goes on")
+
+    def note(self, text: str) -> None:
+        """Within the answer."""
+        if self.talks:
+            self.wipe()
+            self.talk(dimmed(f" ({text}) "))
+
+    def end_thinking(self) -> None:
+        if self.thinks:
+            self.thinks = False
+            self.talk("\n\n")
+
+    def end(self) -> None:
+        self.end_thinking()
+        super().end()
+
+
+class Waiting:
+    """What an answer waits for, asked of the server now and then."""
+
+    def __init__(self, server: store.Server, model: str):
+        self.server = server
+        self.model = model
+        self.began = time.monotonic()
+        self.looked_at = self.began
+        self.what = f"waiting for {shortened(model)}"
+        self.prompt = ""  # how far it has been read
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.began
+
+    def sentence(self) -> str:
+        if time.monotonic() > self.looked_at + LOOK_S:
+            self.what = self.look()
+            self.looked_at = time.monotonic()
+        return f"{self.what}, {self.age_s:.0f} s"
+
+    def look(self) -> str:
+        name = shortened(self.model)
+        try:
+            told = probe.fetch(self.server.url + "/health", LOOK_S, token=self.server.token).json
+        except probe.NoReply:
+            return "waiting for the next server"
+        try:
+            loading = [engine["model"] for engine in told["engines"] if engine["state"] == "loading"]
+            waiting = told["queue"]["waiting"]
+        except (KeyError, TypeError):  # no server answers, and the supervisor does
+            return "waiting for the next server"
+        if loading:
+            return f"loading {', '.join(shortened(one) for one in loading)}"
+        if waiting:
+            return f"waiting for {name}, {waiting} request{'s' if waiting > 1 else ''} in the queue"
+        return f"{name} reads the prompt, {self.prompt} tokens" if self.prompt else f"waiting for {name}"
+
+
+def fill(answer: Answer, where: paths.Paths, messages: list[dict[str, str]], shown: Shown) -> None:
+    """Ask, and show what comes. Raises MlxdError; what had come is in `answer`."""
+    for left in reversed(range(TRIES)):
+        server = store.running(where)
+        body = {"model": answer.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            with Stream(server, "/v1/chat/completions", body) as stream:
+                follow(stream, answer, Waiting(server, answer.model), shown)
+            break
+        except Broken:
+            if answer.text or answer.thinking or not left:
+                raise
+        time.sleep(AGAIN_S)
+    if answer.reason == "length":
+        shown.cut()
+
+
+def follow(stream: Stream, answer: Answer, waiting: Waiting, shown: Shown) -> None:
+    """Raises MlxdError."""
+    for line in stream.lines(TICK_S):
+        answer.resumes = max(answer.resumes, number_of(stream.headers.get("x-mlxd-resumed", "")))
+        if line is None:
+            shown.wait(waiting)
+        elif line == "data: [DONE]":
+            return
+        elif line.startswith("data: "):
+            add(answer, line[6:], shown)
+        elif line.startswith(": x-mlxd-resumed: "):
+            answer.resumes = number_of(line.rpartition(" ")[2])
+            shown.resumed()
+        elif line.startswith(": prefill "):
+            waiting.prompt = line.removeprefix(": prefill ")
+    raise Broken("the server ended before its answer did")
+
+
+def add(answer: Answer, data: str, shown: Shown) -> None:
+    """One chunk. Raises MlxdError if it is an error or none."""
+    try:
+        chunk = json.loads(data)
+        if words := words_of(chunk):
+            raise MlxdError(words)
+        for choice in chunk["choices"]:
+            answer.reason = choice["finish_reason"] or answer.reason
+            for key in ("reasoning", "content"):
+                if text := choice["delta"].get(key):
+                    thinking = key == "reasoning"
+                    answer.thinking += text if thinking else ""
+                    answer.text += "" if thinking else text
+                    shown.piece(text, thinking)
+        if usage := chunk.get("usage"):
+            answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of an Ollama that stands behind, perhaps
+        raise MlxdError("what came is no answer of a chat; look at `mlxd status`") from error
+
+
+# --- many of them -----------------------------------------------------------------------------------------------------------------
+
+
+class Conversation:
+    """Talk at a prompt, until /bye or the end of input. `messages`: what has been said, all of which a model is told each time."""
+
+    def __init__(self, where: paths.Paths, model: str):
+        self.where = where
+        self.model = model
+        self.system = ""
+        self.messages: list[dict[str, str]] = []
+        self.history = History(where.chat_history)
+        self.interrupted = False
+        self.ended = False
+        self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "/model": ("[NAME]", "ask another model from now on; without a name, list them", self.change_model),
+            "/system": (
+                "[TEXT]",
+                'say first what it is to be told; without a text, show it; "/system -" takes it away',
+                self.change_system,
+            ),
+            "/clear": ("", "forget what was said; the system text stays", self.clear),
+            "/help": ("", "show this", self.help),
+            "/bye": ("", "end, as Ctrl-D does", self.bye),
+        }
+
+    def run(self) -> None:
+        click.echo(f"{shortened(self.model)}  (/help shows the commands, Ctrl-D ends)")
+        while not self.ended:
+            try:
+                line = self.read()
+                self.interrupted = False
+                self.take(line)
+            except EOFError:
+                click.echo()
+                return
+            except KeyboardInterrupt:
+                self.interrupt()
+            except MlxdError as error:
+                click.echo(f"Error: {error}", err=True)
+
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt: what stands there is gone. Who has nothing there, or does it again, wants to leave."""
+        typed = self.history.typed()
+        click.echo()
+        if self.interrupted or not typed:
+            click.echo("Ctrl-D or /bye ends", err=True)
+        self.interrupted = True
+
+    def read(self) -> str:
+        '''A line, or several between """, as a message or the text of /system. Raises EOFError, KeyboardInterrupt.'''
+        line = self.history.ask(">>> ")
+        before, quotes, rest = line.partition('"""')
+        if not quotes or before.strip() not in ("", "/system"):
+            return line
+        lines = [rest]
+        while '"""' not in lines[-1]:
+            lines.append(self.history.ask("... "))
+        text = "\n".join([*lines[:-1], lines[-1].partition('"""')[0]]).strip("\n")
+        return f"{before.strip()} {text}"
+
+    def take(self, line: str) -> None:
+        """A command or a message. Raises MlxdError."""
+        word, _, rest = line.partition(" ")
+        if word in self.commands:
+            self.commands[word][2](rest.strip())
+        elif re.fullmatch(r"/\w*\??", word):
+            raise MlxdError(f"there is no {word}: /help shows what there is; for a message that begins so put a blank before it")
+        elif line.strip():
+            self.say(line.strip())
+
+    def say(self, text: str) -> None:
+        """Raises MlxdError, and then this was not said."""
+        said = [*self.messages, spoken("user", text)]
+        first = [spoken("system", self.system)] if self.system else []
+        answer, shown = Answer(self.model), Terminal()
+        try:
+            try:
+                fill(answer, self.where, [*first, *said], shown)
+            finally:
+                shown.end()
+        except KeyboardInterrupt:
+            click.echo(dimmed("(stopped)"), err=True)
+        except Broken as error:
+            raise Broken(f"{error}; the conversation before your message is kept: send it again (arrow up)") from error
+        if answer.text:
+            self.messages = [*said, spoken("assistant", answer.text)]
+
+    def change_model(self, name: str) -> None:
+        server = store.running(self.where)
+        if name:
+            server.shown(name)
+            self.model = name
+            click.echo(f"{shortened(name)} answers from now on")
+            return
+        rows = [(" ", "name", "size")]
+        for model in server.models():
+            mark = "*" if shortened(model["name"]).lower() == shortened(self.model).lower() else " "
+            rows.append((mark, seen(shortened(model["name"])), bytes_of(model["size"])))
+        for line in table(rows):
+            click.echo(line)
+
+    def change_system(self, text: str) -> None:
+        if text:
+            self.system = "" if text == "-" else spoken("system", text)["content"]
+        click.echo(f"system  {seen(self.system)}" if self.system else "there is no system text")
+
+    def clear(self, _: str) -> None:
+        self.messages = []
+        click.echo("forgotten")
+
+    def help(self, _: str) -> None:
+        for name, (arguments, what, _call) in self.commands.items():
+            click.echo(f"{name + ' ' + arguments:<16}  {what}")
+        click.echo('"""               begins and ends a message of several lines')
+        click.echo("Ctrl-C            stops an answer; what has come of it is kept")
+
+    def bye(self, _: str) -> None:
+        self.ended = True
+
+
+class History:
+    """What was typed at the prompt, in this run and in earlier ones: arrows bring it back, where Python has a line editor."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.trouble = ""
+        try:
+            import readline
+        except ImportError:
+            self.editor: Any = None
+            return
+        self.editor = readline
+        readline.set_auto_history(False)
+        for line in self.kept():
+            readline.add_history(line)
+
+    def kept(self) -> list[str]:
+        text = paths.read_end(self.file, MOST_HISTORY_BYTES).decode(errors="replace").replace("\0", "")
+        return text.split("\n")[:-1][-MOST_LINES:]
+
+    def ask(self, prompt: str) -> str:
+        """Raises EOFError, KeyboardInterrupt."""
+        line = input(prompt)
+        if line.strip():
+            self.keep(line)
+        return line
+
+    def keep(self, line: str) -> None:
+        """Also for the next run, and at once: this one may be killed. Another one may have written meanwhile."""
+        if self.editor is not None:
+            self.editor.add_history(line)
+        lines = [*self.kept(), *line.split("\n")][-MOST_LINES:]
+        try:
+            paths.write_atomically(self.file, "".join(f"{one}\n" for one in lines).encode(errors="replace"))
+        except OSError as error:
+            if not self.trouble:
+                self.trouble = f"the history is not kept: {self.file}: {error.strerror}"
+                click.echo(self.trouble, err=True)
+
+    def typed(self) -> str:
+        """What stands at the prompt; "" where nobody knows."""
+        return self.editor.get_line_buffer() if self.editor is not None else ""
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------------------
+
+
+def usual(server: store.Server) -> str:
+    """The model to ask when nobody says which: one that is loaded, else the newest. Raises MlxdError."""
+    there = [model["name"] for model in server.models() if "embedding" not in model.get("capabilities", ())]
+    loaded = [model["name"] for model in server.ask("/api/ps")["models"]]
+    found = [name for name in loaded if name in there] or there
+    if not found:
+        raise MlxdError("there is no model to talk to; `mlxd pull org/repo` brings one")
+    return shortened(found[0])
+
+
+def from_stdin() -> str:
+    """A message. Raises MlxdError."""
+    if sys.stdin.isatty():
+        click.echo("type the message; Ctrl-D at the beginning of a line ends it", err=True)
+    data = sys.stdin.buffer.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise MlxdError(f"the message is larger than {bytes_of(MOST_BYTES)}")
+    return data.decode(errors="surrogateescape")
+
+
+def spoken(role: str, text: str) -> dict[str, str]:
+    """A message of a conversation. Raises MlxdError."""
+    if not text.strip():
+        raise MlxdError("the message is empty: `mlxd chat MESSAGE`, or pipe it in")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise MlxdError("the message is not valid UTF-8") from None
+    return {"role": role, "content": text}
+
+
+def shortened(name: str) -> str:
+    return name.removesuffix(":latest")
+
+
+def number_of(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
+def seen(text: str) -> str:
+    """What a model writes must not drive the reader's terminal."""
+    return DRIVING.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def dimmed(text: str) -> str:
+    """For stderr."""
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\x1b[2m{text}\x1b[0m" if coloured else text
