@@ -11,6 +11,7 @@ stand in sentences, commands, options and arguments are held against the command
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -27,7 +28,9 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from conftest import PATIENCE_S, Daemon, eventually
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlxd.cli import main
 
@@ -389,3 +392,135 @@ def test_commands_in_sentences_are_commands(capsys: pytest.CaptureFixture[str]) 
         if words and Path(words[0]).name == "mlxd" and (why := complaint(words, whole=False))
     ]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+# --- the figures --------------------------------------------------------------------------------------------------------------------
+
+METRICS = ROOT / "docs" / "metrics.md"
+#: What Prometheus adds to every series of a target.
+TARGET = {"job", "instance"}
+
+
+def listed() -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each metric of docs/metrics.md's table."""
+    rows = re.findall(r"^\| `(mlxd_\w+)` \| (\w+) \|([^|]*)\|", METRICS.read_text(), re.M)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_the_metrics_that_are_listed_are_those_that_there_are(shell: Shell) -> None:
+    with shell:
+        if not shell.daemon.status():
+            shell.type("mlxd start")
+        shell.type("mlxd chat Hello")
+    there: dict[str, tuple[str, set[str]]] = {}
+    for family in text_string_to_metric_families(shell.daemon.get("/metrics")[2].decode()):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        there[name] = family.type, labels if family.samples else listed().get(name, ("", labels))[1]
+    assert {name: told for name, told in there.items() if not name.startswith("process_")} == listed()
+
+
+def asked_of_prometheus() -> dict[str, list[str]]:
+    """The expressions of each file, with Grafana's variables as Prometheus would see them."""
+    alerts = yaml.safe_load((ROOT / "docs" / "alerts.yml").read_text())
+    board = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = [re.sub(r"\$__\w+", "5m", expression).replace("$job", ".*").replace("$instance", ".*") for expression in asked]
+    return {"alerts": [rule["expr"] for rule in alerts["groups"][0]["rules"]], "dashboard": asked}
+
+
+@pytest.mark.parametrize("file", ["alerts", "dashboard"])
+def test_alerts_and_dashboard_ask_for_what_is_listed(file: str) -> None:
+    for expression in asked_of_prometheus()[file]:
+        names = re.findall(r"\b((?:mlxd|process)_\w+|up)\b(?:{([^}]*)})?", expression)
+        assert names and re.search(r"[^\w]job=", expression), expression
+        for name, matchers in names:
+            kind, labels = listed().get(re.sub(r"_(bucket|count|sum)$", "", name), ("gauge", set()))
+            assert name == "up" or name in listed() or (kind == "histogram" and name.endswith("_bucket")), expression
+            assert set(re.findall(r"(\w+)\s*[=!]", matchers)) <= labels | TARGET, expression
+            for by in re.findall(r"\bby \(([^)]*)\)", expression):
+                assert set(by.split(", ")) <= labels | TARGET | {"le"}, expression
+
+
+def promtool(*words: str, **files: str) -> str:
+    """What it has against these files; "" for nothing."""
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("there is no promtool here, so nobody but us has read docs/alerts.yml and the dashboard")
+    with tempfile.TemporaryDirectory() as place:
+        for name, text in files.items():
+            (Path(place) / f"{name}.yml").write_text(text)
+        done = subprocess.run([program, *words], cwd=place, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def test_promtool_takes_the_rules_the_expressions_and_the_configuration() -> None:
+    alerts = (ROOT / "docs" / "alerts.yml").read_text()
+    dashboard = [{"record": "a:b", "expr": expression} for expression in asked_of_prometheus()["dashboard"]]
+    rules = [{"record": f"a:b{n}", "expr": rule["expr"]} for n, rule in enumerate(dashboard)]
+    assert not promtool("check", "rules", "alerts.yml", alerts=alerts)
+    assert not promtool("check", "rules", "rules.yml", rules=yaml.safe_dump({"groups": [{"name": "x", "rules": rules}]}))
+    config = next("\n".join(lines) for _, _, language, lines in fences(METRICS) if language == "yaml")
+    assert not promtool("check", "config", "--syntax-only", "prometheus.yml", prometheus=config, alerts=alerts)
+
+
+#: What a target tells each minute, and which alert it is that fires within the hour; {} are its labels.
+TROUBLES = {
+    "MlxdDown": ["up{} 0x60"],
+    "MlxdNoSupervisor": ["mlxd_supervisor_up{} 0x60"],
+    "MlxdNotOk": ['mlxd_health{status="ok"} 0x60', 'mlxd_health{status="degraded"} 1x60'],
+    "MlxdGivenUpForNow": ['mlxd_engines{state="cooldown"} 1x60', 'mlxd_engines{state="held"} 0x60'],
+    "MlxdEnginesDie": [
+        'mlxd_exits_total{child="engine",cause="killed"} _x50 1x10',
+        'mlxd_exits_total{child="engine",cause="memory"} _x40 2x20',
+    ],
+    "MlxdBusy": ['mlxd_requests_total{outcome="busy"} 0+1x60', 'mlxd_requests_total{outcome="done"} 0+9x60'],
+    "MlxdFails": ['mlxd_requests_total{outcome="failed"} 0+1x60', 'mlxd_requests_total{outcome="done"} 0+50x60'],
+    "MlxdMemoryLow": ["mlxd_memory_available_bytes{} 5e8x60"],
+    "MlxdSlow": [
+        'mlxd_time_to_first_token_seconds_bucket{model="m",le="10"} 0+1x60',
+        'mlxd_time_to_first_token_seconds_bucket{model="m",le="30"} 0+5x60',
+        'mlxd_time_to_first_token_seconds_bucket{model="m",le="+Inf"} 0+5x60',
+    ],
+}
+#: ... and of none of these.
+FINE = [
+    "up{} 1x60",
+    "mlxd_supervisor_up{} 1x60",
+    'mlxd_health{status="ok"} 1x20 0x2 1x40',
+    'mlxd_engines{state="blank"} 1x60',
+    'mlxd_exits_total{child="engine",cause="killed"} _x30 1x30',
+    'mlxd_exits_total{child="engine",cause="stopped"} 0+1x60',
+    'mlxd_requests_total{outcome="done"} 0+9x60',
+    "mlxd_memory_available_bytes{} 5e9x60",
+    'mlxd_time_to_first_token_seconds_bucket{model="m",le="1"} 0+9x60',
+    'mlxd_time_to_first_token_seconds_bucket{model="m",le="+Inf"} 0+9x60',
+]
+
+
+def test_each_alert_fires_when_it_should_and_is_quiet_otherwise() -> None:
+    alerts = (ROOT / "docs" / "alerts.yml").read_text()
+    names = [rule["alert"] for rule in yaml.safe_load(alerts)["groups"][0]["rules"]]
+    assert names == list(TROUBLES)
+    tests = [simulated(told, {name: name == trouble for name in names}) for trouble, told in TROUBLES.items()]
+    tests.append(simulated(FINE, dict.fromkeys(names, False)))
+    told = {"rule_files": ["alerts.yml"], "tests": tests, "evaluation_interval": "1m"}
+    assert not promtool("test", "rules", "test.yml", alerts=alerts, test=yaml.safe_dump(told))
+
+
+def simulated(told: list[str], fires: dict[str, bool]) -> dict[str, object]:
+    """A test of promtool's: an hour of these samples, and whether each alert fires at its end."""
+    series = []
+    for line in told:
+        name, values = line.split("} ")
+        labels = name.replace("{", '{job="mlxd",instance="a",').rstrip(",")
+        series.append({"series": f"{labels}}}", "values": values})
+    asked = [
+        {
+            "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}}) or vector(0)',
+            "eval_time": "59m",
+            "exp_samples": [{"labels": "{}", "value": int(does)}],
+        }
+        for name, does in fires.items()
+    ]
+    return {"interval": "1m", "input_series": series, "promql_expr_test": asked}
