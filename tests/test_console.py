@@ -239,7 +239,7 @@ def test_a_block_shows_what_its_commands_do(shell: Shell, block: Block) -> None:
         steps = zip(block.steps, [*block.steps[1:], Step("")], strict=True)
         for step, after in steps:
             carry_out(shell, step, pids, may_fail=after.command == "echo $?")
-        if any(step.command.startswith("kill") for step in block.steps):
+        if any(step.command.startswith("kill -9") for step in block.steps):
             shell.type("mlxd stop")
 
 
@@ -417,7 +417,7 @@ def test_the_metrics_that_are_listed_are_those_that_there_are(shell: Shell) -> N
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         there[name] = family.type, labels if family.samples else listed().get(name, ("", labels))[1]
-    assert {name: told for name, told in there.items() if not name.startswith("process_")} == listed()
+    assert {name: told for name, told in there.items() if name.startswith("mlxd_") and not name.endswith("_created")} == listed()
 
 
 def asked_of_prometheus() -> dict[str, list[str]]:
