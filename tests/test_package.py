@@ -137,8 +137,9 @@ def test_sec_31_all_that_is_installed_from_outside_is_locked_by_its_hash() -> No
     ]:
         from_a_lock = "$(LOCKED) -r " in line or line.startswith("LOCKED =")
         assert from_a_lock or "--no-index" in line and "--no-build-isolation" in line and "--no-deps" in line, line
-    readme = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert readme and all("--require-hashes" in line or "--no-build-isolation" in line for line in readme), readme
+    documents = "".join(file.read_text() for file in (ROOT / "README.md", ROOT / "docs" / "install.md"))
+    told = re.findall(r"^\$ pip install .*$", documents, re.MULTILINE)
+    assert told and all("--require-hashes" in line or "--no-build-isolation" in line for line in told), told
 
 
 @pytest.mark.parametrize("honest", [True, False], ids=["right", "wrong"])
