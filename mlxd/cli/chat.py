@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -323,19 +324,28 @@ class Conversation:
         }
 
     def run(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo(f"{shortened(self.model)}  (/help shows the commands, Ctrl-D ends)")
         while not self.ended:
             try:
-                line = self.read()
-                self.interrupted = False
-                self.take(line)
+                self.turn()
+            except KeyboardInterrupt:
+                self.interrupt()
             except EOFError:
                 click.echo()
                 return
-            except KeyboardInterrupt:
-                self.interrupt()
-            except MlxdError as error:
-                click.echo(f"Error: {error}", err=True)
+
+    def turn(self) -> None:
+        """What is typed, and what becomes of it. Raises EOFError, and KeyboardInterrupt, once: in here alone Ctrl-C is heard."""
+        try:
+            signal.signal(signal.SIGINT, on_ctrl_c)
+            line = self.read()
+            self.interrupted = False
+            self.take(line)
+        except MlxdError as error:
+            click.echo(f"Error: {error}", err=True)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def interrupt(self) -> None:
         """Ctrl-C at the prompt: what stands there is gone. Who has nothing there, or does it again, wants to leave."""
@@ -463,6 +473,12 @@ class History:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_ctrl_c(number: int, frame: object) -> None:
+    """Somebody may lean on the key, and Python's `input` does not bear a second one before it has told of the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def usual(server: store.Server) -> str:

@@ -12,7 +12,7 @@ import sys
 import termios
 import tty
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ Rows = list[tuple[str, ...]]
 
 @click.command()
 @as_json
-def top(json_: bool) -> None:
+@click.pass_context
+def top(ctx: click.Context, json_: bool) -> None:
     """Watch it: processes, speed, requests, models, incidents.
 
     q ends. Without a terminal, what it would show just now is printed once.
@@ -60,8 +61,10 @@ def top(json_: bool) -> None:
         if json_:
             click.echo(json.dumps(feed.now | {"samples": list(feed.samples)}))
         elif is_terminal(sys.stdin) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            with keyboard() as left:
-                watch(where, feed, left)
+            with Keyboard() as keyboard:
+                watch(where, feed, keyboard)
+            if keyboard.ended_by not in (0, signal.SIGINT):
+                ctx.exit(128 + keyboard.ended_by)
         else:
             for line in snapshot(feed):
                 click.echo(line)
@@ -131,36 +134,39 @@ def sentence_of(error: MlxdError) -> str:
 # --- how it is watched ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def keyboard() -> Iterator[Callable[[float], bool]]:
-    """Keys as they are pressed, and nothing on the screen of them; gives what waits so many seconds and tells whether to leave."""
-    stdin = sys.stdin.fileno()
-    before = termios.tcgetattr(stdin)
+class Keyboard:
+    """Keys as they are pressed, and nothing on the screen of them, while it is entered. Nobody is interrupted: what puts the terminal back
+    has to get round to it, so Ctrl-C and signals are only noted, for `left`."""
 
-    def left(within_s: float) -> bool:
-        ready = select.select([stdin], [], [], within_s)[0]
-        keys = os.read(stdin, 64) if ready else b" "
-        return not keys or bool({b"q"[0], b"Q"[0], 4} & set(keys))  # 4: Ctrl-D; b"": the terminal is gone
+    def __init__(self) -> None:
+        self.stdin = sys.stdin.fileno()
+        self.before = termios.tcgetattr(self.stdin)
+        self.ended_by = 0  # signal
 
-    def end(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # through all that puts the terminal back
+    def __enter__(self) -> Keyboard:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.note)
+        tty.setcbreak(self.stdin)
+        now = termios.tcgetattr(self.stdin)
+        now[6][termios.VSUSP] = bytes([os.fpathconf(self.stdin, "PC_VDISABLE") % 256])  # Ctrl-Z would leave the screen as it is
+        termios.tcsetattr(self.stdin, termios.TCSADRAIN, now)
+        return self
 
-    handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        tty.setcbreak(stdin)
-        now = termios.tcgetattr(stdin)
-        now[6][termios.VSUSP] = bytes([os.fpathconf(stdin, "PC_VDISABLE") % 256])  # Ctrl-Z would leave the screen as it is
-        termios.tcsetattr(stdin, termios.TCSADRAIN, now)
-        yield left
-    except KeyboardInterrupt:
-        pass
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(self.stdin, termios.TCSADRAIN, self.before)
+
+    def note(self, number: int, frame: object) -> None:
+        self.ended_by = number
+
+    def left(self, within_s: float) -> bool:
+        """Whether somebody wants to leave; waits so long for a key."""
+        ready = select.select([self.stdin], [], [], within_s)[0]
+        keys = os.read(self.stdin, 64) if ready else b" "  # b"": the terminal is gone
+        return bool(self.ended_by) or not keys or bool(set(b"qQ\x04") & set(keys))
 
 
-def watch(where: paths.Paths, feed: Feed, left: Callable[[float], bool]) -> None:
+def watch(where: paths.Paths, feed: Feed, keyboard: Keyboard) -> None:
     """Until somebody leaves. Raises MlxdError when waiting mends nothing."""
     from rich.console import Console
     from rich.live import Live
@@ -173,7 +179,7 @@ def watch(where: paths.Paths, feed: Feed, left: Callable[[float], bool]) -> None
             if state != drawn:
                 drawn = state
                 live.update(picture(feed, console), refresh=True)
-            if left(AGAIN_S if feed.trouble else 0.0):
+            if keyboard.left(AGAIN_S if feed.trouble else 0.0):
                 return
 
 
