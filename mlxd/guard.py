@@ -211,8 +211,8 @@ def check_body(named: dict[bytes, bytes]) -> None:
         raise Refused(415, "a page must send its body as application/json")
 
 
-#: Whoever asks learns that mlxd is there and well.
-OPEN = frozenset({"/health", "/health/live", "/health/ready"})
+#: Whoever asks learns that mlxd is there and well. The page's files hold no more, and a browser opens them without a token.
+OPEN = frozenset({"/health", "/health/live", "/health/ready", "/ui", "/ui/page.js", "/ui/page.css"})
 #: What an inference token is good for, besides all of /v1/. A path that is not named needs an admin's, so that a new one is not open.
 INFERENCE = frozenset(
     {"/", "/openapi.json", "/metrics"}

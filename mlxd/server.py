@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route, Router
 
 import mlxd
-from mlxd import guard, health, logs, openapi, overview, tokens
+from mlxd import guard, health, logs, openapi, overview, page, tokens
 from mlxd.api import anthropic, ollama, ollama_store, openai, responses
 from mlxd.api.exchange import Exchange, Receive, Scope, Send
 from mlxd.api.service import Service, refusal
@@ -105,6 +105,9 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
     ("GET", "/ui/flights", overview.flights),
     ("GET", "/ui/log", overview.log),
     ("GET", "/openapi.json", describe),
+    ("GET", "/ui", page.document),
+    ("GET", "/ui/page.js", page.script),
+    ("GET", "/ui/page.css", page.style),
 ]
 
 #: What goes to Ollama if the model is there and not here.

@@ -116,6 +116,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert [name for name in names if name.startswith("mlxd/builtin/") and name.endswith(f"/{kind}")], (
             f"no {kind} of the built-in model"
         )
+    assert {f"mlxd/web/{file.name}" for file in (ROOT / "mlxd" / "web").iterdir()} <= set(names)
 
 
 def test_building_the_wheel_elsewhere_and_later_gives_the_same_file(wheel: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ GROUPS = {
         "monitor": "services",
         "uninstall": "uninstall",
     },
-    "Look at it": {"status": "look", "top": "top", "logs": "look", "events": "look", "config": "config"},
+    "Look at it": {"status": "look", "top": "top", "logs": "look", "events": "look", "config": "config", "doctor": "doctor"},
     "Models": {
         "pull": "pull",
         "list": "models",

@@ -1,0 +1,279 @@
+"""`mlxd doctor`: what it finds, what it says to do, and what is in no bundle."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Daemon, eventually
+from known_answers import LONG
+from prometheus_client.parser import text_string_to_metric_families as families
+from test_mlxd import LONGEST, real_settings
+
+from mlxd import control, doctor, masks, paths
+from mlxd.config import Config, Engine, Server
+from mlxd.doctor import CHECKS, Doctor
+from mlxd.logs import timestamp
+
+TOKEN = "t0ken-of-the-admin-0123456789"
+SECRET = "my-cat-is-called-Mzhnhkbr"
+HUB, PASSWORD, HOOK = "hf_aBcDeFgHiJkLmNoPq", "s3cr3t-passw0rd", 'curl -H "X-Key: k3y-of-the-hook" http://127.0.0.1:9/'
+
+
+def found(
+    where: paths.Paths, check: str, settings: Config | None = None, told: dict[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """What one check finds."""
+    doctor = Doctor(where)
+    doctor.settings, doctor.told = settings, told
+    return list(CHECKS[check](doctor))
+
+
+def problem(found: list[tuple[str, str]]) -> str:
+    """The one there is."""
+    (text,) = [text for level, text in found if level == "problem"]
+    return text
+
+
+@pytest.fixture
+def where(home: Path) -> paths.Paths:
+    where = paths.locate({"MLXD_HOME": str(home)})
+    paths.prepare(where)
+    return where
+
+
+# --- a daemon that has served secrets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Daemon]:
+    with tempfile.TemporaryDirectory(prefix="mlxd-t-") as place:
+        home = Path(place)
+        (home / "token").write_text(f"admin {TOKEN}\n")
+        (home / "token").chmod(0o600)
+        (home / "config.toml").write_text(f"[events]\non_event = {json.dumps(HOOK)}\n")
+        (home / "chat_history").write_text(f"{SECRET}\n")
+        more = {"HF_TOKEN": HUB, "OLLAMA_URL": f"http://me:{PASSWORD}@127.0.0.1:9", "MLXD_SUPERVISOR_SPARE_BYTES": "0"}
+        with Daemon(home, **real_settings(home) | more).running() as d:
+            serve_secrets(d)
+            yield d
+
+
+def client(d: Daemon) -> httpx.Client:
+    head = {"Authorization": f"Bearer {TOKEN}"}
+    return httpx.Client(base_url=d.status()["url"], headers=head, timeout=60, trust_env=False)
+
+
+def serve_secrets(d: Daemon) -> None:
+    """In every way a prompt comes in, through a death of the engine, and with every kind of refusal."""
+    asked = [{"role": "system", "content": SECRET}, {"role": "user", "content": f"{SECRET}: what is mlxd?"}]
+    with client(d) as c:
+        chat = {"model": "mlxd-tiny", "messages": asked, "stream": False, "max_tokens": 5, "options": {"num_predict": 5}}
+        for path in ("/api/chat", "/v1/chat/completions"):
+            c.post(path, json=chat).raise_for_status()
+        c.post("/v1/messages", json=chat | {"messages": asked[1:], "system": SECRET}).raise_for_status()
+        c.post("/v1/responses", json={"model": "mlxd-tiny", "input": SECRET, "max_output_tokens": 16}).raise_for_status()
+        c.post("/api/generate", json={"model": "mlxd-tiny", "prompt": SECRET, "options": {"num_predict": 5}}).raise_for_status()
+        c.post("/api/create", json={"model": "mine", "from": "mlxd-tiny", "system": SECRET, "stream": False}).raise_for_status()
+        for broken in (
+            chat | {"temperature": SECRET},
+            chat | {"model": SECRET},
+            chat | {"tools": SECRET},
+            chat | {"messages": SECRET},
+        ):
+            assert c.post("/v1/chat/completions", json=broken).status_code >= 400
+        assert c.post(f"/api/chat?{SECRET}", content=SECRET).status_code == 400
+        deep = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": SECRET}}}
+        assert c.post("/v1/chat/completions", json=chat | {"response_format": deep}).status_code >= 400
+        story = {"model": "mlxd-tiny", "messages": [{"role": "user", "content": LONGEST}], "options": {"temperature": 0}}
+        with c.stream("POST", "/api/chat", json=story, headers={"X-Request-Id": "the-lost-one"}) as answer:
+            pieces = []
+            for line in answer.iter_lines():
+                pieces.append(json.loads(line)["message"]["content"])
+                if len(pieces) == 20:
+                    os.kill(d.status()["engines"][0]["pid"], signal.SIGKILL)
+        assert "".join(pieces) == LONG[LONGEST]
+
+
+def test_the_bundle_has_neither_a_prompt_nor_a_token(served: Daemon) -> None:
+    file = served.home / "bundle.zip"
+    ran = served.mlxd("doctor", "--bundle", str(file))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-1] == f"bundle   {file}" and "\x1b" not in ran.stdout
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with zipfile.ZipFile(file) as archive:
+        texts = {name.removeprefix("mlxd/"): archive.read(name).decode() for name in archive.namelist()}
+    hidden = (SECRET, TOKEN, HUB, PASSWORD, "k3y-of-the-hook")
+    assert [(name, secret) for name, text in texts.items() for secret in hidden if secret in text or secret in name] == []
+    assert LONG[LONGEST][:30] not in "".join(texts.values())
+    named = {
+        "doctor.json",
+        "versions.txt",
+        "settings.json",
+        "exits.json",
+        "status.json",
+        "health.json",
+        "flights.json",
+        "metrics.txt",
+    }
+    assert named | {"logs/events.jsonl", "logs/server.log", "logs/supervisor.log", "logs/engine-1.log"} <= set(texts)
+    assert json.loads(texts["settings.json"])["settings"]["ollama.url"]["value"] == "http://...@127.0.0.1:9"
+    assert json.loads(texts["flights.json"])["flights"] and "mlxd 0" in texts["versions.txt"]
+    again = served.mlxd("doctor", "--json", "--bundle", str(file))
+    assert (again.returncode, again.stderr) == (1, f"Error: {file} is there already: name another file, or remove it\n")
+
+
+def test_an_exit_record_has_the_requests_that_its_engine_had(served: Daemon) -> None:
+    record = eventually(lambda: next((one for one in served.exits() if one["flights"]), None), "the flights", served.history)
+    (flight,) = record["flights"]
+    assert (record["cause"], flight["id"], flight["outcome"], flight["phases"][-1][0]) == ("killed", "the-lost-one", None, "lost")
+    told = control.ask(served.paths.control, "exits")["exits"]
+    assert [one["flights"][0]["id"] for one in told if one["flights"]] == ["the-lost-one"]
+    assert all(one["stack"] is None for one in told)
+    with client(served) as c:
+        flights = c.get("/ui/flights").json()["flights"]
+    assert next(one for one in flights if one["id"] == "the-lost-one")["resumes"] == 1
+
+
+def test_metrics_tell_of_the_processes_and_why_they_ended(served: Daemon) -> None:
+    with client(served) as c:
+        text = c.get("/metrics").text
+    samples = {(s.name, *sorted(s.labels.values())): s.value for family in families(text) for s in family.samples}
+    assert samples["mlxd_supervisor_up",] == 1
+    assert samples["mlxd_exits_total", "engine", "killed"] == 1
+    assert samples["mlxd_engines", "ready"] == 1
+    assert samples["mlxd_process_memory_bytes", "supervisor"] > 10e6
+    assert samples["mlxd_pause_seconds_count",] == 1
+
+
+# --- a healthy machine ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_mlxd_is_no_problem_and_nothing_is_left_of_the_engine_that_tried(home: Path) -> None:
+    d = Daemon(home)
+    ran = d.mlxd("doctor", "--json")
+    told = json.loads(ran.stdout)
+    assert (ran.returncode, told["problems"], told["bundle"]) == (0, 0, None), ran.stdout
+    assert list(dict.fromkeys(one["check"] for one in told["findings"])) == [name for name in CHECKS if name != "health"]
+    generation = next(one for one in told["findings"] if one["check"] == "generation")
+    assert generation["level"] == "ok" and "gave a token of the built-in model" in generation["text"]
+    assert d.ours() == [] and list(home.iterdir()) == []
+
+
+# --- what keeps it from serving ---------------------------------------------------------------------------------------------------------
+
+
+def test_refused_settings_are_told_in_their_own_words(where: paths.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    where.config.write_text("[server]\nprot = 1\n")
+    assert "unknown setting server.prot; did you mean server.port?" in problem(found(where, "settings"))
+    where.config.unlink()
+    where.token.write_text("short\n")
+    where.token.chmod(0o600)
+    assert str(where.token) in problem(found(where, "settings"))
+    where.token.unlink()
+    monkeypatch.setenv("MLXD_SERVER_PROT", "1")
+    assert ("advice", "MLXD_SERVER_PROT in the environment is no setting: did you mean MLXD_SERVER_PORT?") in found(
+        where, "settings"
+    )
+
+
+def test_a_stranger_on_the_port_is_named(where: paths.Paths) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        taken = Config(server=Server(port=port))
+        assert problem(found(where, "port", taken)).endswith("end that, or choose another port with MLX_API_PORT")
+        held = {"state": "held", "port": port}
+        assert str(port) in problem(found(where, "port", taken, held))
+    assert found(where, "port", taken) == [("ok", f"{port} is free")]
+
+
+def test_who_holds_the_lock_and_does_not_answer_is_a_problem(where: paths.Paths) -> None:
+    where.pid_file.write_text("4711\n")
+    with open(where.lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert problem(found(where, "daemon")).startswith(f"pid 4711 holds {where.lock} and does not answer: `mlxd recover`")
+    assert found(where, "daemon") == [
+        ("advice", "mlxd does not run, and left its PID file when it died: `mlxd start` starts it and clears up")
+    ]
+
+
+@pytest.mark.parametrize("in_the_way", ["file", "link"])
+def test_what_lies_in_the_place_of_a_directory_is_told(home: Path, in_the_way: str) -> None:
+    where = paths.locate({"MLXD_HOME": str(home)})
+    if in_the_way == "file":
+        where.logs.write_text("")
+    else:
+        where.logs.symlink_to(home)
+    assert problem(found(where, "directories")) == f"{where.logs} is not a directory: move it away, mlxd makes its own"
+
+
+def test_a_directory_that_is_open_to_others_is_advice(where: paths.Paths) -> None:
+    where.logs.chmod(0o755)
+    assert found(where, "directories") == [("advice", f"{where.logs} is open to others: `chmod 700 {where.logs}`")]
+
+
+def test_an_address_that_somebody_else_answers_is_not_healthy(where: paths.Paths) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        silent.close()
+        assert "look at `mlxd logs --server`" in problem(found(where, "health", Config(), {"url": url}))
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ([sys.executable, "-c", "print('no such accelerator'); raise SystemExit(3)"], "it ended: no such accelerator"),
+        (["/nowhere/engine"], "it cannot be started: No such file or directory"),
+        ([sys.executable, "-c", "import time; time.sleep(60)"], "it was not ready within 0.5 s"),
+    ],
+)
+def test_an_engine_that_gives_no_token_is_a_problem(
+    where: paths.Paths, command: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "60" in command[-1]:
+        monkeypatch.setattr(doctor, "GENERATION_S", 0.5)
+    told = problem(found(where, "generation", Config(engine=Engine(command=command))))
+    assert told == f"an engine of its own gives no token of the built-in model: {why}"
+
+
+def record(ts: str) -> dict[str, Any]:
+    """Of an engine that somebody killed."""
+    lived = {"child": "engine", "slot": 1, "pid": 1, "model": "m:latest", "up_s": 1.0, "memory_bytes": 1, "running": 1, "text": ""}
+    return lived | {"ts": ts, "cause": "killed", "signal": 9, "code": None, "remedy": "was killed from outside"}
+
+
+def test_deaths_of_the_last_day_are_told_with_what_was_done(where: paths.Paths) -> None:
+    now = timestamp()
+    where.exits.write_text("".join(json.dumps(record(ts)) + "\n" for ts in ("2020-01-01T00:00:00.000000Z", now)))
+    assert found(where, "exits") == [("advice", f"{now[:19]}Z the engine of m:latest died (killed): it was killed from outside")]
+
+
+def test_a_check_that_fails_does_not_end_the_others(where: paths.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    where.exits.write_text(json.dumps(record("yesterday")) + "\n")
+    monkeypatch.setattr(doctor, "CHECKS", {name: CHECKS[name] for name in ("exits", "port", "disk")})
+    findings = list(Doctor(where).findings())
+    assert [finding.check for finding in findings] == ["exits", "disk"]
+    assert findings[0].text == "could not be looked at: Invalid isoformat string: 'yesterday'"
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_looks_like_a_secret_is_taken_out_wherever_it_stands() -> None:
+    text = 'GET https://me:pw@host/x?api_key=123 Authorization: Bearer abcdef "hf_0123456789abc" sk-ant-0123456789 my-own'
+    purged = masks.purged(text, ["my-own"])
+    assert purged == 'GET https://...@host/x?... Authorization: Bearer [secret] "[secret]" [secret] [secret]'
