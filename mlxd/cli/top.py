@@ -56,9 +56,10 @@ def top(ctx: click.Context, json_: bool) -> None:
     """
     where = paths.locate()
     feed = Feed()
-    feed.look(store.running(where))  # what is wrong at once is said and not shown
+    server = store.running(where)
     try:
         if json_:
+            feed.look(server)
             click.echo(json.dumps(feed.now | {"samples": list(feed.samples)}))
         elif is_terminal(sys.stdin) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             with Keyboard() as keyboard:
@@ -66,14 +67,14 @@ def top(ctx: click.Context, json_: bool) -> None:
             if keyboard.ended_by not in (0, signal.SIGINT):
                 ctx.exit(128 + keyboard.ended_by)
         else:
+            feed.look(server)
             for line in snapshot(feed):
                 click.echo(line)
     except (KeyError, TypeError) as error:
-        if feed.now["version"] == __version__:
+        version = feed.now.get("version", __version__)
+        if version == __version__:
             raise
-        raise MlxdError(
-            f"the server is of mlxd {feed.now['version']}, this command of {__version__}: run `mlxd restart`"
-        ) from error
+        raise MlxdError(f"the server is of mlxd {version}, this command of {__version__}: run `mlxd restart`") from error
 
 
 # --- what it knows ----------------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def watch(where: paths.Paths, feed: Feed, keyboard: Keyboard) -> None:
     with Live(screen=True, auto_refresh=False, console=console, redirect_stdout=False, redirect_stderr=False) as live:
         drawn: object = None
         for _ in pictures(where, feed):
-            state = feed.now["at"], feed.trouble, console.size
+            state = feed.now.get("at"), feed.trouble, console.size
             if state != drawn:
                 drawn = state
                 live.update(picture(feed, console), refresh=True)
@@ -199,9 +200,10 @@ def picture(feed: Feed, console: Console) -> Group:
     from rich.text import Text
 
     now = feed.now
-    parts: list[Any] = [headline(now)]
-    if feed.trouble:
-        parts.append(Text(printable(feed.trouble), "bold red"))
+    trouble = [Text(printable(feed.trouble), "bold red")] if feed.trouble else []
+    if not now:
+        return Group(Text("mlxd   q ends"), *trouble)
+    parts: list[Any] = [headline(now), *trouble]
     parts += [Text(printable(line), "yellow") for line in remarks(now)]
     utf8 = console.encoding.startswith("utf")
     parts += [Text(), speed(feed, console.width, utf8), *(Text(line) for line in figures(now))]
