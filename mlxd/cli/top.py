@@ -203,7 +203,7 @@ def picture(feed: Feed, console: Console) -> Group:
     trouble = [Text(printable(feed.trouble), "bold red")] if feed.trouble else []
     if not now:
         return Group(Text("mlxd   q ends"), *trouble)
-    parts: list[Any] = [headline(now), *trouble]
+    parts: list[Any] = [headline(now, stale=bool(trouble)), *trouble]
     parts += [Text(printable(line), "yellow") for line in remarks(now)]
     utf8 = console.encoding.startswith("utf")
     parts += [Text(), speed(feed, console.width, utf8), *(Text(line) for line in figures(now))]
@@ -215,11 +215,11 @@ def picture(feed: Feed, console: Console) -> Group:
     return Group(*parts)
 
 
-def headline(now: dict[str, Any]) -> Text:
+def headline(now: dict[str, Any], stale: bool) -> Text:
     from rich.text import Text
 
     status = now["status"] or {}
-    word = now["word"]
+    word = "as it was" if stale else now["word"]
     text = Text.assemble(("mlxd ", "bold"), now["version"], "  ", (word, f"bold {STYLES.get(word, 'none')}"))
     if status:
         text.append(f"  {status['url']}  up {age_of(status['supervisor']['up_s'])}")
