@@ -239,12 +239,11 @@ class Waiting:
 
 def fill(answer: Answer, where: paths.Paths, messages: list[dict[str, str]], shown: Shown) -> None:
     """Ask, and show what comes. Raises MlxdError; what had come is in `answer`."""
+    body = {"model": answer.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+    waiting = Waiting(store.running(where), answer.model)
     for left in reversed(range(TRIES)):
-        server = store.running(where)
-        body = {"model": answer.model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        waiting = Waiting(server, answer.model)
         try:
-            with Stream(server, "/v1/chat/completions", body) as stream:
+            with Stream(waiting.server, "/v1/chat/completions", body) as stream:
                 follow(stream, answer, waiting, shown)
             break
         except (Broken, Refused) as error:
@@ -255,6 +254,7 @@ def fill(answer: Answer, where: paths.Paths, messages: list[dict[str, str]], sho
         while time.monotonic() < again_at:
             shown.wait(waiting)
             time.sleep(TICK_S)
+        waiting.server = store.running(where)  # after `mlxd stop` and `mlxd start` perhaps on another port
     if answer.reason == "length":
         shown.cut()
 
