@@ -357,8 +357,6 @@ def incidents(now: dict[str, Any]) -> list[tuple[str, str]]:
     """Newest first: a line with its style for what ended and how, one for what is done about it, one for its last words."""
     lines = []
     for one in now["incidents"]:
-        if one["cause"] == "stopped":  # as it was told to
-            continue
         age = age_of(max(0.0, now["at"] - datetime.fromisoformat(one["ts"]).timestamp()))
         who = f"{one['child']}-{one['slot']}" if one["child"] != "server" else "server"
         model = f"  {shortened(one['model'])}" if one["model"] else ""
