@@ -19,7 +19,7 @@ MAX_FILE_BYTES = 8 * 1024 * 1024
 #: A server tells of an engine's end within so many records of it, and of so many engines before their end.
 NEAR = 8
 #: What a page or a terminal has room for.
-SHOWN = 10
+SHOWN, SHOWN_TEXT, SHOWN_FLIGHTS = 10, 2000, 8
 
 
 class Exits:
@@ -55,9 +55,14 @@ class Exits:
             del self.early[next(iter(self.early))]
 
     def shown(self) -> list[dict[str, Any]]:
-        """The newest ones, newest first, without their stacks."""
-        newest = list(self.records)[: -SHOWN - 1 : -1]
-        return [msgspec.to_builtins(msgspec.structs.replace(record, stack=None)) for record in newest]
+        """The newest ones that were not as they should be, newest first, each short enough to be told once a second: without its stack, with
+        the end of its text."""
+        newest = [record for record in reversed(self.records) if record.cause != "stopped"][:SHOWN]
+        short = [
+            msgspec.structs.replace(record, stack=None, text=record.text[-SHOWN_TEXT:], flights=record.flights[:SHOWN_FLIGHTS])
+            for record in newest
+        ]
+        return [msgspec.to_builtins(record) for record in short]
 
     def write(self) -> None:
         self.papers.write(self.file, b"".join(msgspec.json.encode(r) + b"\n" for r in self.records))

@@ -940,3 +940,20 @@ def test_output_that_is_no_numbers_is_never_told(tmp_path: Path, value: str, nei
 def test_a_model_that_never_gives_numbers_is_refused(tmp_path: Path) -> None:
     model = spoil_row(make_tiny_model(tmp_path / "m"), "model.norm.weight", 3, float("nan"))
     assert refusal(tmp_path, model) == "the model gave no numbers, or the same for every token"
+
+
+SCANS = """
+from mlxd.engine import libraries
+libraries.prepare()
+from transformers.utils import import_utils
+(scan,) = [cell.cell_contents for cell in import_utils.create_import_structure_from_path.__closure__]
+read = scan.cache_info().misses
+import mlx_lm.tokenizer_utils, transformers
+assert read > 300 and scan.cache_info().misses < read + 50, (read, scan.cache_info())
+assert transformers.AutoTokenizer.__name__ == "AutoTokenizer" and transformers.LlamaConfig().model_type == "llama"
+"""
+
+
+def test_transformers_reads_its_files_once_in_an_engine() -> None:
+    ran = subprocess.run([sys.executable, "-c", SCANS], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -146,6 +146,7 @@ async function* events(response) {
 async function follow() {
   let pause_ms = 500;
   for (;;) {
+    await visible();
     try {
       for await (const event of spoken()) {
         hear(event);
@@ -153,6 +154,7 @@ async function follow() {
       }
       away("The server is being replaced; trying again.");
     } catch (error) {
+      if (document.hidden) continue;
       if (error.status === 401 || (error.status === 403 && token())) await newToken(error);
       else if (error.name === "AbortError") away(`The server has said nothing for ${FEED_SILENT_MS / 1000} s; trying again.`);
       else if (error instanceof Trouble) away(`${error.message[0].toUpperCase()}${error.message.slice(1)}. Trying again.`);
@@ -164,9 +166,13 @@ async function follow() {
   }
 }
 
-/** The feed's events; raises AbortError when it falls silent. */
+/** Nobody looks at a hidden tab, and it would hold one of the six connections that a browser has for a server. */
+const visible = () => document.hidden && new Promise((done) => document.addEventListener("visibilitychange", done, { once: true }));
+
+/** The feed's events; raises AbortError when it falls silent, and when the page is hidden. */
 async function* spoken() {
   const silence = new AbortController();
+  document.addEventListener("visibilitychange", () => silence.abort(), { signal: silence.signal });
   let timer = setTimeout(() => silence.abort(), FEED_SILENT_MS);
   try {
     for await (const event of events(await ask("/ui/feed", { signal: silence.signal }))) {
@@ -275,19 +281,20 @@ function showState() {
   say($("url"), (status?.url ?? location.origin).replace(/^http:\/\//, ""));
 }
 
-/** The last trouble, and what was done about it; for whoever looks once. */
+/** The last trouble since mlxd started, and what was done about it; for whoever looks once. */
 function lastTrouble() {
-  const [last] = now.incidents;
-  if (last) return `${age(now.at - Date.parse(last.ts) / 1000)} ago ${title(last)} ended: ${last.cause}. ${rescued()}`;
   const up_s = now.status?.supervisor.up_s;
-  return up_s === undefined ? "Requests are served." : `Nothing has gone wrong since it started ${age(up_s)} ago.`;
+  if (up_s === undefined) return "Requests are served.";
+  const [last] = incidents();
+  const ago_s = last ? now.at - Date.parse(last.ts) / 1000 : Infinity;
+  if (ago_s > up_s) return `Nothing has gone wrong since it started ${age(up_s)} ago.`;
+  const resumed = now.resumed ? `, and ${many(now.resumed, "answer")} went on in another engine` : "";
+  return `${age(ago_s)} ago ${title(last).replace("The", "the")} ${last.remedy}. It was replaced${resumed}.`;
 }
 
-function rescued() {
-  return now.resumed ? `${many(now.resumed, "answer")} went on in another engine.` : "No answer was lost.";
-}
-
-const title = (end) => (end.child === "server" || end.child === "supervisor" ? `the ${end.child}` : `${end.child}-${end.slot}`);
+/** What was not meant to end. */
+const incidents = () => now.incidents.filter((one) => one.cause !== "stopped");
+const title = (end) => (end.child === "server" ? "The server" : `${end.child}-${end.slot}`);
 
 function showFigures() {
   const last = samples.at(-1) ?? { tokens_s: 0, engines_bytes: 0, available_bytes: 0 };
@@ -352,23 +359,22 @@ function showProcess(row, one) {
 }
 
 function showIncidents() {
-  const found = now.incidents;
+  const found = incidents();
   $("incidents-empty").hidden = found.length > 0;
-  keep($("incidents"), found, (one) => `${one.ts} ${one.pid}`, incidentItem, showIncident);
+  keep($("incidents"), found, (one) => `${one.ts} ${one.pid}`, incidentItem, () => {});
 }
 
 function incidentItem(one) {
-  const words = one.text ? [el("details", {}, el("summary", {}, "Last words"), el("pre", { tabindex: 0, role: "group", "aria-label": "Last words" }, one.text))] : [];
-  return el("li", {}, el("p", { class: "what" }, el("strong"), el("small")), el("p"), ...words);
+  const item = el("li", {}, el("p", {}, el("strong", {}, title(one)), ` ${one.remedy || `ended: ${one.cause}`}`), el("small", {}, facts(one)));
+  const words = () => el("pre", { tabindex: 0, role: "group", "aria-label": "Last words" }, one.text);
+  if (one.text) item.append(el("details", {}, el("summary", {}, "Last words"), words()));
+  return item;
 }
 
-function showIncident(item, one) {
-  const [what, remedy] = item.children;
+function facts(one) {
   const how = one.signal !== null ? `signal ${one.signal}` : one.code !== null ? `status ${one.code}` : "";
   const met = one.running ? `${many(one.running, "request")} on it` : "";
-  say(what.firstChild, `${title(one).replace("the ", "")}: ${one.cause}`);
-  say(what.lastChild, joined(clock(one.ts), how, one.model && short(one.model), `after ${age(one.up_s)}`, met));
-  say(remedy, one.remedy ?? "");
+  return joined(clock(one.ts), one.model && short(one.model), one.cause, how, `pid ${one.pid}`, `after ${age(one.up_s)}`, met);
 }
 
 // --- requests --------------------------------------------------------------------------------------------------------------------
@@ -430,7 +436,7 @@ function showModel(row, one) {
   const [name, state, action] = row.cells;
   const kind = one.alias_of ? `another name of ${short(one.alias_of)}` : size(one.size_bytes);
   say(name.firstChild, short(one.name));
-  say(name.lastChild, joined(kind, one.builtin && "built in: a demo", one.pinned && "pinned"));
+  say(name.lastChild, joined(kind, one.builtin && !one.alias_of && "built in: a demo", one.pinned && "pinned"));
   say(state.firstChild, MODEL_STATES[one.state] ?? one.state);
   const loaded = one.state === "ready";
   const stays = one.running ? `answering ${one.running}` : one.leaves_s === null ? "stays" : `leaves in ${age(one.leaves_s)}`;
@@ -598,7 +604,8 @@ async function write(to, model) {
     const chunk = JSON.parse(event.data);
     if (chunk.error) throw new Trouble(200, chunk.error.message);
     const [choice] = chunk.choices;
-    follows(() => to.take(choice?.delta ?? {}));
+    to.take(choice?.delta ?? {});
+    stay();
     used.reason = choice?.finish_reason ?? used.reason;
     used.completion_tokens = chunk.usage?.completion_tokens ?? used.completion_tokens;
   }
@@ -617,16 +624,19 @@ function fail(text, error) {
 function showTurn(writing) {
   set($("send"), { "aria-disabled": writing });
   set($("stop"), { "aria-disabled": !writing });
-  $("talk").scrollTop = $("talk").scrollHeight;
+  stay.left = false;
+  stay();
 }
 
-/** Stay at the end of the conversation, if that is where the reader is. */
-function follows(change) {
-  const talk = $("talk");
-  const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 40;
-  change();
-  if (atEnd) talk.scrollTop = talk.scrollHeight;
+/** Stay at the end of the conversation, if that is where the reader is: once a frame, since it costs a layout. */
+function stay() {
+  stay.frame ||= requestAnimationFrame(() => {
+    stay.frame = 0;
+    if (!stay.left) $("talk").scrollTop = $("talk").scrollHeight;
+  });
 }
+
+$("talk").onscroll = ({ target }) => (stay.left = target.scrollHeight - target.scrollTop - target.clientHeight > 40);
 
 function clearChat() {
   answer?.stopper.abort();
