@@ -29,7 +29,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from conftest import PATIENCE_S, Daemon, eventually
+from conftest import NO_SPARE, PATIENCE_S, Daemon, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 from mlxd.cli import main
@@ -162,7 +162,7 @@ class Shell:
 
     def __init__(self, home: Path):
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(home / "user"), "TERM": "dumb"}
-        own |= {"HF_HUB_OFFLINE": "1", "MLXD_SUPERVISOR_SPARE_BYTES": "0"}
+        own |= {"HF_HUB_OFFLINE": "1"}
         (home / "user").mkdir()
         self.port, ollama = free_ports(2)
         own |= {"MLX_API_PORT": str(self.port), "OLLAMA_URL": f"http://localhost:{ollama}"}
@@ -232,6 +232,8 @@ def shell() -> Iterator[Shell]:
 def test_a_block_shows_what_its_commands_do(shell: Shell, block: Block) -> None:
     """A daemon runs, unless the block begins with its start; none of whose processes an earlier block has killed."""
     pids: dict[str, str] = {}
+    kills = any(step.command.startswith("kill -9") for step in block.steps)
+    shell.daemon.environ["MLXD_SUPERVISOR_SPARE_BYTES"] = "0" if kills else NO_SPARE
     with shell:
         begins = block.steps[0].command.startswith("mlxd start")
         if bool(shell.daemon.status()) is begins:
@@ -239,20 +241,22 @@ def test_a_block_shows_what_its_commands_do(shell: Shell, block: Block) -> None:
         steps = zip(block.steps, [*block.steps[1:], Step("")], strict=True)
         for step, after in steps:
             carry_out(shell, step, pids, may_fail=after.command == "echo $?")
-        if any(step.command.startswith("kill -9") for step in block.steps):
+        if kills:
             shell.type("mlxd stop")
 
 
 def carry_out(shell: Shell, step: Step, pids: dict[str, str], may_fail: bool) -> None:
     command, deadline = shell.ours(step.command, pids), time.monotonic() + PATIENCE_S
     wanted = pattern([shell.ours(line, {}) for line in step.shown], pids)
+    pause_s = 0.2
     while True:
         told, status = shell.type(command)
         if found := wanted.fullmatch(told if told.endswith("\n") or not told else f"{told}\n"):
             break
         if not LOOKS.match(command) or time.monotonic() > deadline:
             pytest.fail(f"$ {command}\nshows\n{told}\nand not\n" + "\n".join(step.shown) + f"\n{shell.daemon.history()}")
-        time.sleep(0.2)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, 2.0)  # a look takes from what it waits for
     pids |= {name[1:]: value for name, value in found.groupdict().items()}
     assert may_fail or status == 0, f"$ {command}\nends with {status}\n{told}"
     if killed := re.match(r"kill -9 (\d+)", command):  # whoever types takes longer than mlxd to notice
