@@ -76,7 +76,7 @@ def checked_url(text: str, place: str) -> str:
     except ValueError:  # a port that is no number, a bracket left open
         well = False
     if not well:
-        raise ConfigError(f"{place} must be a URL such as http://localhost:11434, not {text!r}")
+        raise ConfigError(f"{place} must be a URL such as http://localhost:11434, not {anonymous(text)!r}")
     return text
 
 
@@ -84,8 +84,13 @@ def base_url(text: str, place: str) -> str:
     """`text` as the part of a URL before `/api`. Raises ConfigError, which names `place`."""
     url = checked_url(text.strip().rstrip("/"), place)
     if "?" in url or "#" in url:
-        raise ConfigError(f"{place} must be a URL without ? and #, not {text!r}")
+        raise ConfigError(f"{place} must be a URL without ? and #, not {anonymous(text)!r}")
     return url
+
+
+def anonymous(url: str) -> str:
+    """Without a name and a password, which are nobody's business that it is shown to."""
+    return re.sub(r"(?<=://)[^/]*@", "", url)
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

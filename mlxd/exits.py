@@ -55,8 +55,9 @@ class Exits:
             del self.early[next(iter(self.early))]
 
     def shown(self) -> list[dict[str, Any]]:
-        """The newest ones, newest first, each short enough to be told once a second: without its stack, with the end of its text."""
-        newest = list(self.records)[: -SHOWN - 1 : -1]
+        """The newest ones that were not as they should be, newest first, each short enough to be told once a second: without its stack, with
+        the end of its text."""
+        newest = [record for record in reversed(self.records) if record.cause != "stopped"][:SHOWN]
         short = [
             msgspec.structs.replace(record, stack=None, text=record.text[-SHOWN_TEXT:], flights=record.flights[:SHOWN_FLIGHTS])
             for record in newest

@@ -152,7 +152,7 @@ def purge(paths: Paths) -> None:
         (paths.run, ("*.sock", "*.stack", "lease")),
         (paths.logs, ("*.log",)),
         (paths.home, ("mlxd.pid", "mlxd.lock", "state.json*", "loading.json", "aliases.json", "exits.jsonl", "events.jsonl*")),
-        (paths.home, ("recovery.json", "recovery.lock", "chat_history")),
+        (paths.home, ("aliases.lock", "recovery.json", "recovery.lock", "chat_history")),
         (paths.config_dir, ("config.toml", ".env", "token")),
     ):
         for name in names:

@@ -13,6 +13,7 @@ import msgspec
 
 from mlxd import __version__, causes, policy
 from mlxd.child import Child, footprint
+from mlxd.endpoint import anonymous
 from mlxd.policy import State
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def report(s: Supervisor) -> dict[str, Any]:
         "notes": list(notes(s)),
         "moved_s": round(now - s.moved_at, 1),
         "control": str(s.paths.control),
-        "ollama": {"url": s.config.ollama.url.rstrip("/")},
+        "ollama": {"url": anonymous(s.config.ollama.url).rstrip("/")},
     }
 
 

@@ -348,6 +348,8 @@ def test_a_purge_leaves_the_models_and_nothing_else(managed: Callable[..., Daemo
     d.start()
     d.ready()
     d.mlxd("recover")
+    for file in (d.paths.chat_history, d.paths.aliases.with_suffix(".lock")):
+        file.touch()
     assert d.paths.recovery_lock.exists()
     d.paths.state.with_name("state.json.bad").write_text("{")
     ran = d.mlxd("uninstall", "--purge", "--yes")

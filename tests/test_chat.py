@@ -19,7 +19,7 @@ import pytest
 from conftest import PATIENCE_S
 
 from mlxd import paths
-from mlxd.cli.chat import MOST_LINES
+from mlxd.cli.prompt import MOST_LINES
 
 MODELS = {"models": [{"name": f"{name}:latest", "size": 3_000_000, "capabilities": [can]} for name, can in
                      (("vectors", "embedding"), ("one", "completion"), ("two", "completion"))]}  # fmt: skip

@@ -25,6 +25,8 @@ from test_mlxd import LONGEST, real_settings
 from mlxd import control, doctor, masks, paths
 from mlxd.config import Config, Engine, Server
 from mlxd.doctor import CHECKS, Doctor
+from mlxd.endpoint import checked_url
+from mlxd.errors import ConfigError
 from mlxd.logs import timestamp
 
 TOKEN = "t0ken-of-the-admin-0123456789"
@@ -145,6 +147,16 @@ def test_an_exit_record_has_the_requests_that_its_engine_had(served: Daemon) -> 
     with client(served) as c:
         flights = c.get("/ui/flights").json()["flights"]
     assert next(one for one in flights if one["id"] == "the-lost-one")["resumes"] == 1
+
+
+def test_nobody_is_shown_the_password_in_a_url(served: Daemon) -> None:
+    with client(served) as c, c.stream("GET", "/ui/feed") as feed:
+        told = next(line for line in feed.iter_lines() if '"status"' in line)
+    assert "127.0.0.1:9" in told and PASSWORD not in told
+    status = served.mlxd("status", "--json").stdout
+    assert "127.0.0.1:9" in status and PASSWORD not in status
+    with pytest.raises(ConfigError, match=r"not 'ftp://host'$"):
+        checked_url(f"ftp://me:{PASSWORD}@host", "OLLAMA_URL")
 
 
 def test_metrics_tell_of_the_processes_and_why_they_ended(served: Daemon) -> None:

@@ -76,6 +76,10 @@ def in_hand(d: Daemon) -> int:
     return int(health(d)["requests"]["in_hand"])
 
 
+def modes(t: pexpect.spawn[str]) -> int:
+    return int(termios.tcgetattr(t.child_fd)[3])
+
+
 def said(t: pexpect.spawn[str]) -> str:
     """What came before what was expected, as one text."""
     return str(t.before).replace("\r\n", "\n")
@@ -169,7 +173,7 @@ def test_without_a_terminal_top_is_one_picture(running: Daemon) -> None:
 def test_top_shows_what_goes_on_until_q_and_leaves_the_terminal_as_it_was(running: Daemon) -> None:
     with terminal(running, "top") as t:
         t.expect_exact("\x1b[?1049h")
-        before = termios.tcgetattr(t.child_fd)
+        before = modes(t)
         t.expect("q ends.*speed.*process.*supervisor.*server.*engine-1.*mlxd-tiny.*never")
         with terminal(running, "chat", LONGEST, "--model", "calm") as chat:
             chat.expect_exact(BEGINNING)
@@ -185,8 +189,8 @@ def test_top_shows_what_goes_on_until_q_and_leaves_the_terminal_as_it_was(runnin
         assert "[b" not in str(t.before)
         t.send("q")
         t.expect_exact("\x1b[?1049l")
-        after = termios.tcgetattr(t.child_fd)
-    assert not before[3] & termios.ICANON and after[3] & termios.ICANON and after[3] & termios.ECHO
+        eventually(lambda: modes(t) & termios.ICANON and modes(t) & termios.ECHO, "the terminal as it was")
+    assert not before & termios.ICANON
     for ends_with, end in ((0, lambda t: t.sendintr()), (143, lambda t: t.kill(signal.SIGTERM))):
         with terminal(running, "top", ends_with=ends_with) as t:
             t.expect("q ends")

@@ -46,7 +46,7 @@ def status(ctx: click.Context, json_: bool) -> None:
         click.echo(json.dumps(told))
     else:
         for text in lines_of(told):
-            click.echo(text)
+            click.echo(text if text.isprintable() else printable(text.encode()))
     ctx.exit(STATUS_STATUS.get(told["state"], NOT_READY))
 
 

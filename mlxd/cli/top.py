@@ -12,7 +12,7 @@ import sys
 import termios
 import tty
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -48,29 +48,33 @@ Rows = list[tuple[str, ...]]
 
 @click.command()
 @as_json
-def top(json_: bool) -> None:
+@click.pass_context
+def top(ctx: click.Context, json_: bool) -> None:
     """Watch it: processes, speed, requests, models, incidents.
 
     q ends. Without a terminal, what it would show just now is printed once.
     """
     where = paths.locate()
     feed = Feed()
-    feed.look(store.running(where))  # what is wrong at once is said and not shown
+    server = store.running(where)
     try:
         if json_:
+            feed.look(server)
             click.echo(json.dumps(feed.now | {"samples": list(feed.samples)}))
         elif is_terminal(sys.stdin) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            with keyboard() as left:
-                watch(where, feed, left)
+            with Keyboard() as keyboard:
+                watch(where, feed, keyboard)
+            if keyboard.ended_by not in (0, signal.SIGINT):
+                ctx.exit(128 + keyboard.ended_by)
         else:
+            feed.look(server)
             for line in snapshot(feed):
                 click.echo(line)
     except (KeyError, TypeError) as error:
-        if feed.now["version"] == __version__:
+        version = feed.now.get("version", __version__)
+        if version == __version__:
             raise
-        raise MlxdError(
-            f"the server is of mlxd {feed.now['version']}, this command of {__version__}: run `mlxd restart`"
-        ) from error
+        raise MlxdError(f"the server is of mlxd {version}, this command of {__version__}: run `mlxd restart`") from error
 
 
 # --- what it knows ----------------------------------------------------------------------------------------------------------------
@@ -131,36 +135,39 @@ def sentence_of(error: MlxdError) -> str:
 # --- how it is watched ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def keyboard() -> Iterator[Callable[[float], bool]]:
-    """Keys as they are pressed, and nothing on the screen of them; gives what waits so many seconds and tells whether to leave."""
-    stdin = sys.stdin.fileno()
-    before = termios.tcgetattr(stdin)
+class Keyboard:
+    """Keys as they are pressed, and nothing on the screen of them, while it is entered. Nobody is interrupted: what puts the terminal back
+    has to get round to it, so Ctrl-C and signals are only noted, for `left`."""
 
-    def left(within_s: float) -> bool:
-        ready = select.select([stdin], [], [], within_s)[0]
-        keys = os.read(stdin, 64) if ready else b" "
-        return not keys or bool({b"q"[0], b"Q"[0], 4} & set(keys))  # 4: Ctrl-D; b"": the terminal is gone
+    def __init__(self) -> None:
+        self.stdin = sys.stdin.fileno()
+        self.before = termios.tcgetattr(self.stdin)
+        self.ended_by = 0  # signal
 
-    def end(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # through all that puts the terminal back
+    def __enter__(self) -> Keyboard:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.note)
+        tty.setcbreak(self.stdin)
+        now = termios.tcgetattr(self.stdin)
+        now[6][termios.VSUSP] = bytes([os.fpathconf(self.stdin, "PC_VDISABLE") % 256])  # Ctrl-Z would leave the screen as it is
+        termios.tcsetattr(self.stdin, termios.TCSADRAIN, now)
+        return self
 
-    handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        tty.setcbreak(stdin)
-        now = termios.tcgetattr(stdin)
-        now[6][termios.VSUSP] = bytes([os.fpathconf(stdin, "PC_VDISABLE") % 256])  # Ctrl-Z would leave the screen as it is
-        termios.tcsetattr(stdin, termios.TCSADRAIN, now)
-        yield left
-    except KeyboardInterrupt:
-        pass
-    finally:
-        termios.tcsetattr(stdin, termios.TCSADRAIN, before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(self.stdin, termios.TCSADRAIN, self.before)
+
+    def note(self, number: int, frame: object) -> None:
+        self.ended_by = number
+
+    def left(self, within_s: float) -> bool:
+        """Whether somebody wants to leave; waits so long for a key."""
+        ready = select.select([self.stdin], [], [], within_s)[0]
+        keys = os.read(self.stdin, 64) if ready else b" "  # b"": the terminal is gone
+        return bool(self.ended_by) or not keys or bool(set(b"qQ\x04") & set(keys))
 
 
-def watch(where: paths.Paths, feed: Feed, left: Callable[[float], bool]) -> None:
+def watch(where: paths.Paths, feed: Feed, keyboard: Keyboard) -> None:
     """Until somebody leaves. Raises MlxdError when waiting mends nothing."""
     from rich.console import Console
     from rich.live import Live
@@ -169,11 +176,11 @@ def watch(where: paths.Paths, feed: Feed, left: Callable[[float], bool]) -> None
     with Live(screen=True, auto_refresh=False, console=console, redirect_stdout=False, redirect_stderr=False) as live:
         drawn: object = None
         for _ in pictures(where, feed):
-            state = feed.now["at"], feed.trouble, console.size
+            state = feed.now.get("at"), feed.trouble, console.size
             if state != drawn:
                 drawn = state
                 live.update(picture(feed, console), refresh=True)
-            if left(AGAIN_S if feed.trouble else 0.0):
+            if keyboard.left(AGAIN_S if feed.trouble else 0.0):
                 return
 
 
@@ -193,9 +200,10 @@ def picture(feed: Feed, console: Console) -> Group:
     from rich.text import Text
 
     now = feed.now
-    parts: list[Any] = [headline(now)]
-    if feed.trouble:
-        parts.append(Text(printable(feed.trouble), "bold red"))
+    trouble = [Text(printable(feed.trouble), "bold red")] if feed.trouble else []
+    if not now:
+        return Group(Text("mlxd   q ends"), *trouble)
+    parts: list[Any] = [headline(now, stale=bool(trouble)), *trouble]
     parts += [Text(printable(line), "yellow") for line in remarks(now)]
     utf8 = console.encoding.startswith("utf")
     parts += [Text(), speed(feed, console.width, utf8), *(Text(line) for line in figures(now))]
@@ -207,11 +215,11 @@ def picture(feed: Feed, console: Console) -> Group:
     return Group(*parts)
 
 
-def headline(now: dict[str, Any]) -> Text:
+def headline(now: dict[str, Any], stale: bool) -> Text:
     from rich.text import Text
 
     status = now["status"] or {}
-    word = now["word"]
+    word = "as it was" if stale else now["word"]
     text = Text.assemble(("mlxd ", "bold"), now["version"], "  ", (word, f"bold {STYLES.get(word, 'none')}"))
     if status:
         text.append(f"  {status['url']}  up {age_of(status['supervisor']['up_s'])}")
@@ -349,8 +357,6 @@ def incidents(now: dict[str, Any]) -> list[tuple[str, str]]:
     """Newest first: a line with its style for what ended and how, one for what is done about it, one for its last words."""
     lines = []
     for one in now["incidents"]:
-        if one["cause"] == "stopped":  # as it was told to
-            continue
         age = age_of(max(0.0, now["at"] - datetime.fromisoformat(one["ts"]).timestamp()))
         who = f"{one['child']}-{one['slot']}" if one["child"] != "server" else "server"
         model = f"  {shortened(one['model'])}" if one["model"] else ""
