@@ -334,9 +334,13 @@ def test_the_page_finds_the_next_server_when_one_is_killed(page: Page, daemon_of
     page.open(url_of(d))
     page.shows("#state", "Ready")
     page.run("window.same = true")
+    page.choose("#model", "talker:latest")
+    page.ask("Talk.")
+    page.until("a few words", lambda: len(page.text(".words")) > 50)
     pid = d.status()["server"]["pid"]
     os.kill(pid, signal.SIGKILL)
-    page.shows("#said", "being replaced")
+    page.shows(".note.bad", "Cut off: the connection broke. Send it again")
+    assert page.find("#question").get_attribute("value") == "Talk."
     page.until("the next server", lambda: f"pid {pid}" not in page.text("#process-rows") and page.text("#state") == "Ready")
     page.shows("#incidents", "The server was killed from outside")
     assert page.run("return window.same") is True

@@ -71,6 +71,7 @@ const size = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)} GB` : `${Ma
 const short = (name) => name.replace(/:latest$/, "");
 const clock = (when) => new Date(when).toLocaleTimeString("en-GB");
 const joined = (...parts) => parts.filter(Boolean).join(" · ");
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
 const many = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`;
 const span = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : ms < 60000 ? `${(ms / 1000).toFixed(1)} s` : age(ms / 1000));
 
@@ -110,17 +111,18 @@ async function ask(path, { body, signal } = {}) {
 }
 
 /** Why something failed, for people. */
-function sentence(error) {
-  if (error instanceof Trouble) return error.message;
-  return error instanceof SyntaxError ? "the answer is not understood; reload this page" : "the connection broke";
-}
+const sentence = (error) => (error instanceof Trouble ? error.message : "this page does not understand the answer: reload it");
 
-/** The lines of a stream that end with `end`, as they come. */
+const BROKEN = new Trouble(0, "the connection broke");
+
+/** The lines of a stream that end with `end`, as they come. Raises Trouble. */
 async function* pieces(response, end) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : BROKEN;
+    });
     if (done) return;
     const found = (rest + value).split(end);
     rest = found.pop();
@@ -152,14 +154,14 @@ async function follow() {
         hear(event);
         pause_ms = 500;
       }
-      away("The server is being replaced; trying again.");
+      throw BROKEN;
     } catch (error) {
       if (document.hidden) continue;
       if (error.status === 401 || (error.status === 403 && token())) await newToken(error);
       else if (error.name === "AbortError") away(`The server has said nothing for ${FEED_SILENT_MS / 1000} s; trying again.`);
-      else if (error instanceof Trouble) away(`${error.message[0].toUpperCase()}${error.message.slice(1)}. Trying again.`);
-      else if (error instanceof TypeError) away("The server is being replaced; trying again.");
-      else throw error;
+      else if (error === BROKEN) away("The server is being replaced; trying again.");
+      else away(`${capital(sentence(error))}. Trying again.`);
+      if (!(error instanceof Trouble) && error.name !== "AbortError") console.error(error);
     }
     await sleep(pause_ms);
     pause_ms = Math.min(2 * pause_ms, 5000);
@@ -276,7 +278,7 @@ function showState() {
   const notes = [...(status?.notes ?? ["The supervisor does not answer; the server goes on without it."])];
   showState.version ??= now.version;
   if (showState.version !== now.version) notes.push("mlxd was upgraded meanwhile: reload this page.");
-  showHead(word, tone, reason ? `${reason[0].toUpperCase()}${reason.slice(1)}.` : lastTrouble(), notes);
+  showHead(word, tone, reason ? `${capital(reason)}.` : lastTrouble(), notes);
   say($("version"), now.version);
   say($("url"), (status?.url ?? location.origin).replace(/^http:\/\//, ""));
 }
@@ -395,7 +397,7 @@ function requestRow() {
 
 function showRequest(row, one) {
   const [what, way, end] = row.cells;
-  const total = one.outcome ? one.phases.at(-1)[1] : Math.max(0, (now.at - one.at) * 1000);
+  const total = one.outcome ? one.phases.at(-1)?.[1] ?? 0 : Math.max(0, (now.at - one.at) * 1000);
   const parts = one.phases.map(([word, from], n) => ({ word, from, to: one.phases[n + 1]?.[1] ?? total })).filter((part) => part.word !== "ended");
   say(what.firstChild, one.path);
   say(what.lastChild, joined(one.model && short(one.model), clock(one.at * 1000)));
@@ -498,7 +500,10 @@ let turns = []; // as the API takes them
 /** An answer as it comes: thinking, words, and what happened to it. `id`: of its request, once it is known. */
 class Answer {
   constructor(model) {
+    this.model = model;
     this.content = "";
+    this.failed = this.resumed = false;
+    this.resumes = 0;
     this.id = null;
     this.spoke_at = performance.now();
     this.stopper = new AbortController();
@@ -512,8 +517,8 @@ class Answer {
   /** Of one chunk. */
   take({ content, reasoning }) {
     if (!content && !reasoning) return;
-    if (this.mark) this.closeMark();
-    else if (!this.content) say(this.note, "");
+    this.closeMark();
+    say(this.note, "");
     this.spoke_at = performance.now();
     if (reasoning) {
       this.thinking.hidden = false;
@@ -529,27 +534,31 @@ class Answer {
   comment(text) {
     const prompt = /^prefill (\d+) of (\d+)/.exec(text);
     if (prompt) say(this.note, `reading the prompt: ${prompt[1]} of ${prompt[2]} tokens`);
-    if (text.startsWith("x-mlxd-resumed")) this.resume();
+    const resumed = /^x-mlxd-resumed: (\d+)/.exec(text);
+    if (resumed) this.resume(Number(resumed[1]));
   }
 
-  /** Whether the feed says that its engine is gone. */
+  /** Whether the feed, which may be behind, tells of a death from which the stream has not come back. */
   look(flights) {
     const flight = flights.find((one) => one.id === this.id);
-    if (this.id && flight?.phases.at(-1)?.[0] === "lost") this.lose();
+    const deaths = flight?.phases.filter(([word]) => word === "lost").length ?? 0;
+    if (deaths > this.resumes) this.lose();
   }
 
   lose() {
     if (this.mark) return;
     this.mark = el("mark", {}, "the engine died; going on in another");
-    (this.content ? this.words : this.thinking.lastChild).append(this.mark);
+    this.words.append(this.mark);
     announce("The engine died; the answer goes on in another.", true);
   }
 
-  resume() {
+  resume(times) {
     this.lose();
+    this.resumes = times;
     this.resumed = true;
   }
 
+  /** The first word after a death. */
   closeMark() {
     if (!this.resumed) return;
     say(this.mark, `resumed after ${span(performance.now() - this.spoke_at)}`);
@@ -571,30 +580,33 @@ async function chat(event) {
   if (!model) return announce("There is no model to ask: pull one.");
   $("question").value = "";
   $("talk-empty").hidden = true;
-  answer = new Answer(model);
-  $("talk").append(el("p", { class: "question" }, text), answer.node);
-  turns.push({ role: "user", content: text });
+  const mine = turns; // others after "Start anew"
+  const told = new Answer(model);
+  answer = told;
+  $("talk").append(el("p", { class: "question" }, text), told.node);
+  mine.push({ role: "user", content: text });
   showTurn(true);
   const began = performance.now();
   try {
-    const used = await write(answer, model);
+    const used = await write(told, mine);
     const speed = `${many(used.completion_tokens, "token")} in ${span(performance.now() - began)}`;
-    answer.end(used.reason === "length" ? `${speed}; cut off where the model’s room ends` : speed);
+    told.end(used.reason === "length" ? `${speed}; cut off where the model’s room ends` : speed);
     announce("The answer is complete.", true);
   } catch (error) {
-    if (error.name === "AbortError") answer.end("stopped");
-    else fail(text, error);
+    if (error.name === "AbortError") told.end("stopped");
+    else fail(told, text, error);
   }
-  if (answer.content) turns.push({ role: "assistant", content: answer.content });
+  if (told.content && !told.failed) mine.push({ role: "assistant", content: told.content });
+  else mine.pop();
   answer = null;
   showTurn(false);
 }
 
 /** Read the answer to its end: {completion_tokens, reason}. Raises Trouble. */
-async function write(to, model) {
+async function write(to, said) {
   const system = $("system").value.trim();
-  const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
-  const body = { model, messages, stream: true, stream_options: { include_usage: true } };
+  const messages = system ? [{ role: "system", content: system }, ...said] : said;
+  const body = { model: to.model, messages, stream: true, stream_options: { include_usage: true } };
   const response = await ask("/v1/chat/completions", { body, signal: to.stopper.signal });
   const used = { completion_tokens: 0, reason: null };
   to.id = response.headers.get("x-request-id");
@@ -614,10 +626,10 @@ async function write(to, model) {
 }
 
 /** What could not be answered goes back into the box, if that is free. */
-function fail(text, error) {
-  answer.end(`No answer: ${sentence(error)}. Send it again, or choose another model.`, true);
-  announce(answer.note.textContent, true);
-  if (!answer.content) turns.pop();
+function fail(told, text, error) {
+  told.failed = true;
+  told.end(`${told.content ? "Cut off" : "No answer"}: ${sentence(error)}. Send it again, or choose another model.`, true);
+  announce(told.note.textContent, true);
   if (!$("question").value) $("question").value = text;
 }
 
