@@ -47,6 +47,16 @@ def test_troubleshooting_says_what_to_do_about_every_cause() -> None:
     assert {cause for row in rows for cause in re.findall(r"`([^`]+)`", row)} == set(causes.CAUSES)
 
 
+def test_what_troubleshooting_quotes_is_what_mlxd_says() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    table = text[text.index("## By symptom") : text.index("## By cause")]
+    quoted = [code for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", table, flags=re.M | re.S)) if " " in code]
+    quoted = [code for code in quoted if not code.startswith(("mlxd", "make", "ssh", "[ollama]"))]
+    source = "".join(file.read_text() for file in Path(mlxd.__file__).parent.rglob("*.py"))
+    unsaid = [code for code in quoted for part in re.split(r"\d+|NAME|\(.*\)", code) if part.strip(" '") not in source]
+    assert len(quoted) > 7 and not unsaid
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     wrong = []
     for file in DOCUMENTS:
