@@ -446,6 +446,22 @@ def test_alerts_and_dashboard_ask_for_what_is_listed(file: str) -> None:
                 assert set(by.split(", ")) <= labels | TARGET | {"le"}, expression
 
 
+def test_the_panels_of_the_dashboard_stand_side_by_side_and_name_their_lines() -> None:
+    board = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
+        taken |= cells
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            by = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            known = [labels for name, (_, labels) in listed().items() if name in target["expr"]]
+            assert any(by <= labels | TARGET for labels in known), target
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
 def promtool(*words: str, **files: str) -> str:
     """What it has against these files; "" for nothing."""
     program = shutil.which("promtool")
