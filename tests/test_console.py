@@ -125,7 +125,7 @@ KINDS = {
     "age": (r"\b(?:\d+d\d\dh|\d+h\d\dm|\d+m\d\ds|\d+s)\b", r"(?:\d+d\d\dh|\d+h\d\dm|\d+m\d\ds|\d+s)"),
     "duration": (rf"{NUMBER} m?s\b", rf"{NUMBER} m?s"),
     "speed": (rf"{NUMBER} tokens/s", rf"{NUMBER} tokens/s"),
-    "version": (r"\b\d+\.\d+\.\d+\b", r"\d+\.\d+\.\d+\S*"),
+    "version": (r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])", r"\d+\.\d+\.\d+\S*"),
     "blanks": (r" {2,}", " {2,}"),
 }
 PARTS = re.compile("|".join(f"(?P<{name}>{looks})" for name, (looks, _) in KINDS.items()))
@@ -133,10 +133,10 @@ PARTS = re.compile("|".join(f"(?P<{name}>{looks})" for name, (looks, _) in KINDS
 
 def pattern(shown: list[str], pids: dict[str, str]) -> re.Pattern[str]:
     """What matches output that is as `shown`. `pids`: those of the document that are known already, and whose they are."""
-    return re.compile("".join("(?:.*\n)*?" if line == "..." else pattern_of(line, pids, shown) for line in shown))
+    return re.compile("".join("(?:.*\n)*?" if line == "..." else pattern_of(line, pids) for line in shown))
 
 
-def pattern_of(line: str, pids: dict[str, str], shown: list[str]) -> str:
+def pattern_of(line: str, pids: dict[str, str]) -> str:
     done, at = "", 0
     for part in PARTS.finditer(line):
         done += re.escape(line[at : part.start()])
@@ -153,11 +153,19 @@ def pid_pattern(pid: str, pids: dict[str, str]) -> str:
 
 
 def test_words_are_compared_and_pids_kept_apart_and_what_is_measured_may_differ() -> None:
-    shown = ["ready  up 4s  memory 29 MB  restarts 1", "engine  pid 7", "again  pid 7", "...", "in 0.5 s, ..."]
+    shown = [
+        "ready  mlxd 0.1.0  http://127.0.0.1  up 4s  memory 29 MB  restarts 1",
+        "engine  pid 7",
+        "again  pid 7",
+        "...",
+        "in 0.5 s, ...",
+    ]
     rest = "x\ny\nin 12 ms, or so\n"
-    assert pattern(shown, {}).fullmatch(f"ready  up 3h12m  memory 1.5 GB  restarts 1\nengine  pid 12\nagain   pid 12\n{rest}")
-    assert not pattern(shown, {}).fullmatch(f"ready  up 4s  memory 29 MB  restarts 2\nengine  pid 12\nagain  pid 12\n{rest}")
-    assert not pattern(shown, {}).fullmatch(f"ready  up 4s  memory 29 MB  restarts 1\nengine  pid 12\nagain  pid 13\n{rest}")
+    first = "ready  mlxd 1.2.3rc1  http://127.0.0.1  up 3h12m  memory 1.5 GB  restarts 1"
+    assert pattern(shown, {}).fullmatch(f"{first}\nengine  pid 12\nagain   pid 12\n{rest}")
+    assert not pattern(shown, {}).fullmatch(f"{first}\nengine  pid 12\nagain  pid 13\n{rest}")
+    for one, other in (("restarts 1", "restarts 2"), ("127.0.0.1", "127.0.0.2"), ("ready", "held")):
+        assert not pattern(shown, {}).fullmatch(f"{first.replace(one, other)}\nengine  pid 12\nagain  pid 12\n{rest}")
 
 
 # --- a shell ------------------------------------------------------------------------------------------------------------------------
