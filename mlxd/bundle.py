@@ -32,7 +32,7 @@ def write(file: Path, where: paths.Paths, findings: list[Finding]) -> None:
         raise MlxdError(f"{file} is there already: name another file, or remove it") from None
     except OSError as error:
         raise MlxdError(f"cannot write {file}: {error.strerror}") from error
-    secrets = masks.secrets(where)
+    secrets = masks.known(where)
     try:
         with open(fd, "wb") as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, text in contents(where, findings):

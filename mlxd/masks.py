@@ -71,7 +71,7 @@ def masked(text: str) -> str:
     return QUERY.sub(r"\1...", WHO.sub("://...@", text))
 
 
-def secrets(where: paths.Paths) -> list[str]:
+def known(where: paths.Paths) -> list[str]:
     """Those that are known here: mlxd's tokens, the hub's, and the command that is told of events."""
     found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     hub = Path(os.environ.get("HF_TOKEN_PATH") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "token").expanduser()
@@ -80,15 +80,15 @@ def secrets(where: paths.Paths) -> list[str]:
         loaded = config.load(where.config, [where.env_file]).config
         found.append(loaded.events.on_event)
         if held := tokens.load(where.token, loaded):
-            found += [token.decode("latin-1") for _, token in held.secrets]
+            found += held.texts
     except ConfigError:  # the file itself is not taken along
         found += (paths.read_small(where.token) or b"").decode("latin-1").split()
     found += [json.dumps(secret)[1:-1] for secret in found]  # as it stands in JSON
     return [secret for secret in dict.fromkeys(found) if len(secret) >= LEAST_CHARACTERS]
 
 
-def purged(text: str, known: Iterable[str]) -> str:
-    """Without the `known` secrets, what looks like one, and what `masked` leaves out."""
-    for secret in known:
+def purged(text: str, secrets: Iterable[str]) -> str:
+    """Without these secrets, what looks like one, and what `masked` leaves out."""
+    for secret in secrets:
         text = text.replace(secret, SECRET)
     return masked(TOKENS.sub(SECRET, text))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, exposition
@@ -16,8 +16,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 import mlxd
 from mlxd import health, shares
+from mlxd.causes import CAUSES
 from mlxd.journal import outcome
+from mlxd.messages import Outcome
 from mlxd.policy import State
+from mlxd.ratelimit import works
 
 if TYPE_CHECKING:
     from mlxd.api.exchange import Exchange
@@ -37,6 +40,7 @@ class Metrics:
     def __init__(self, service: Service):
         self.service = service
         self.models: set[str] = set()
+        self.counted: set[tuple[str, str]] = set()
         self.tokens: dict[str, Tally[str]] = {}
         self.told: dict[str, Any] | None = None
         self.registry = CollectorRegistry()
@@ -57,11 +61,17 @@ class Metrics:
     # --- what ends ------------------------------------------------------------------------------------------------------------
 
     def count(self, exchange: Exchange) -> None:
-        """An HTTP request of one of the dialects has ended."""
-        if kind := dialect(exchange.scope["path"]):
-            model = self.label(exchange.model.weights.name) if exchange.model else ""
-            status = 500 if exchange.failed else exchange.status
-            self.requests.labels(kind, model, outcome(status, exchange.left)).inc()
+        """An HTTP request of one of the dialects has ended. Who only looks (lists, health) does not count."""
+        kind = dialect(exchange.scope["path"])
+        if not kind or not works(exchange.scope):
+            return
+        model = self.label(exchange.model.weights.name) if exchange.model else ""
+        if (kind, model) not in self.counted:  # as with exits
+            self.counted.add((kind, model))
+            for each in get_args(Outcome):
+                self.requests.labels(kind, model, each)
+        status = 500 if exchange.failed else exchange.status
+        self.requests.labels(kind, model, outcome(status, exchange.left)).inc()
 
     def land(self, entry: Entry) -> None:
         """A request's work has ended, whatever came of it."""
@@ -154,12 +164,13 @@ class Metrics:
             sizes.add_metric([name], one["memory_bytes"])
         yield sizes
         ends = CounterMetricFamily("mlxd_exits", "Processes that have ended, by kind and cause", labels=["child", "cause"])
-        for child, causes in told["ends"].items():
-            for cause, count in causes.items():
-                ends.add_metric([child, cause], count)
+        for child in KINDS:
+            for cause in CAUSES:  # also those that nothing has ended of: `increase` does not see a step from nothing to one
+                ends.add_metric([child, cause], told["ends"].get(child, {}).get(cause, 0))
         yield ends
 
 
+KINDS = ("server", "engine", "puller")
 #: Those that a status tells.
 STATES = [state.value for state in State if state not in (State.KILLING, State.UNKILLABLE)]
 #: Counters of each model, by name.

@@ -55,6 +55,11 @@ class Tokens:
         return max(self.secrets, key=lambda entry: entry[0])[1].decode("ascii")
 
     @property
+    def texts(self) -> list[str]:
+        """For whoever takes them out of what others are shown."""
+        return [token.decode("ascii") for _, token in self.secrets]
+
+    @property
     def stamp(self) -> str:
         """Differs when the tokens do, and tells nothing of them."""
         return hashlib.sha256(b"\n".join(b"%d %b" % entry for entry in self.secrets)).hexdigest()

@@ -310,4 +310,5 @@ def greet(told: dict[str, Any]) -> None:
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is mlxd?"}]})
     header = " -H 'Authorization: Bearer TOKEN'" if paths.locate().token.exists() else ""
     click.echo(f"try    curl {told['url']}/api/chat{header} -d '{body}'")
+    click.echo(f"page   {told['url']}/ui")
     click.echo(f"stop   {our_name()} stop")
