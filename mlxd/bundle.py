@@ -7,9 +7,9 @@ import importlib.metadata
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -24,58 +24,77 @@ ASK_S = 10.0
 PAGES = {"health.json": "/health", "flights.json": "/ui/flights", "metrics.txt": "/metrics", "loaded.json": "/api/ps"}
 
 
-def write(file: Path, where: paths.Paths, findings: list[Finding]) -> None:
-    """Raises MlxdError: it is there already, or cannot be written."""
+@contextlib.contextmanager
+def begun(file: Path) -> Iterator[IO[bytes]]:
+    """A new file, which is gone again if what is done with it fails. Raises MlxdError: it is there already, or cannot be written."""
     try:
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         raise MlxdError(f"{file} is there already: name another file, or remove it") from None
     except OSError as error:
         raise MlxdError(f"cannot write {file}: {error.strerror}") from error
-    secrets = masks.known(where)
     try:
-        with open(fd, "wb") as out, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, text in contents(where, findings):
-                archive.writestr(f"mlxd/{name}", masks.purged(text, secrets))
-    except OSError as error:
+        with open(fd, "wb") as out:
+            yield out
+    except BaseException as error:
         file.unlink(missing_ok=True)
-        raise MlxdError(f"cannot write {file}: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise MlxdError(f"cannot write {file}: {error.strerror}") from error
+        raise
 
 
-def contents(where: paths.Paths, findings: list[Finding]) -> Iterator[tuple[str, str]]:
-    """Names and texts."""
-    yield "doctor.json", pretty(findings)
-    yield "versions.txt", "".join(f"{name} {version}\n" for name, version in sorted(set(installed())))
+def write(out: IO[bytes], where: paths.Paths, findings: list[Finding]) -> None:
+    """Raises OSError."""
+    secrets = masks.known(where)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, look in contents(where, findings):
+            try:
+                told = look()
+            except (OSError, MlxdError, probe.NoReply) as error:
+                told = {"error": str(error)} if name.endswith(".json") else f"{error}\n"
+            told = masks.purged(told, secrets)
+            text = told if isinstance(told, str) else json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+            archive.writestr(f"mlxd/{name}", text.encode(errors="replace"))
+
+
+def contents(where: paths.Paths, findings: list[Finding]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names, and what tells what is in them: a text, or what is written as JSON."""
+    yield "doctor.json", lambda: msgspec.to_builtins(findings)
+    yield "versions.txt", lambda: "".join(f"{name} {version}\n" for name, version in sorted(set(installed())))
+    yield "settings.json", lambda: masks.settings(where)
+    yield "exits.json", lambda: msgspec.to_builtins(exits.read(where.exits))
+    for file in (where.events, *logs(where)):
+        yield f"logs/{file.name}", lambda file=file: end_of(file)  # type: ignore[misc]
+    yield "status.json", lambda: control.ask(where.control, "status")
+    for name, path in PAGES.items():
+        yield name, lambda path=path: page(where, path)  # type: ignore[misc]
+
+
+def logs(where: paths.Paths) -> list[Path]:
     try:
-        yield "settings.json", pretty(masks.settings(where))
-    except ConfigError as error:
-        yield "settings.json", pretty({"error": str(error)})
-    yield "exits.json", pretty(exits.read(where.exits))
-    for file in (where.events, *sorted(where.logs.glob("*.log"))):
-        yield f"logs/{file.name}", paths.read_end(file, MOST_LOG_BYTES).decode(errors="replace")
-    try:
-        told = control.ask(where.control, "status")
-    except MlxdError as error:
-        yield "status.json", pretty({"state": "stopped", "reason": str(error)})
-        return
-    yield "status.json", pretty(told)
+        return sorted(where.logs.glob("*.log"))
+    except OSError:
+        return []
+
+
+def end_of(file: Path) -> str:
+    """Its last lines, whole ones: half a token would not be known for one."""
+    data = paths.read_end(file, MOST_LOG_BYTES)
+    if len(data) == MOST_LOG_BYTES:
+        data = data.partition(b"\n")[2]
+    return data.decode(errors="replace")
+
+
+def page(where: paths.Paths, path: str) -> Any:
+    """Raises MlxdError, NoReply."""
+    told = control.ask(where.control, "status")
     token = ""
     with contextlib.suppress(ConfigError):
         token = tokens.for_commands(where.token) if where.token.exists() else ""
-    for name, path in PAGES.items():
-        try:
-            yield (
-                name,
-                probe.fetch(told["url"] + path, ASK_S, token=token, most_bytes=4 * 1024 * 1024).body.decode(errors="replace"),
-            )
-        except probe.NoReply as no:
-            yield name, f"{path}: {no}\n"
+    reply = probe.fetch(told["url"] + path, ASK_S, token=token, most_bytes=4 * 1024 * 1024)
+    return reply.json or reply.body.decode(errors="replace")
 
 
 def installed() -> Iterator[tuple[str, str]]:
     for distribution in importlib.metadata.distributions():
         yield distribution.metadata["Name"] or "?", distribution.version
-
-
-def pretty(value: Any) -> str:
-    return json.dumps(msgspec.to_builtins(value), indent=1, ensure_ascii=False) + "\n"

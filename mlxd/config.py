@@ -428,7 +428,7 @@ def check_command(command: str, place: str) -> None:
     try:
         shlex.split(command)
     except ValueError as error:
-        raise ConfigError(f"{place} is no command: {str(error).lower()} in {command!r}") from None
+        raise ConfigError(f"{place} is no command: {str(error).lower()}") from None
 
 
 def build(tree: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:

@@ -37,7 +37,7 @@ def ask(path: Path, verb: str, timeout_s: float = DEADLINE_S, **arguments: Any) 
             with sock.makefile("rb") as file:
                 answer = file.readline(MAX_ANSWER_BYTES)
         except TimeoutError as error:
-            silent = MlxdError(f"mlxd did not answer `{verb}` within {timeout_s:g} s; look at `mlxd logs --supervisor`")
+            silent = MlxdError(f"mlxd did not answer `{verb}` within {timeout_s:g} s; `mlxd recover` wakes or replaces it")
             silent.exit_status = 4
             raise silent from error
         except ConnectionError as error:

@@ -11,7 +11,6 @@ import difflib
 import importlib.metadata
 import os
 import platform
-import signal
 import socket
 import stat
 import sys
@@ -29,7 +28,7 @@ from msgspec import Struct
 import mlxd
 from mlxd import autostart, blas, child, config, control, exits, managers, messages, ollama, paths, ports, probe, shares, tokens
 from mlxd.config import Config
-from mlxd.errors import ConfigError, MlxdError, NotRunning
+from mlxd.errors import ConfigError, MlxdError
 from mlxd.estimate import gigabytes
 from mlxd.link import ChildSettings, Link
 from mlxd.lock import is_locked
@@ -44,6 +43,9 @@ LEAST_MEMORY_BYTES = 2**30
 HEALTH_S, OLLAMA_S = 10.0, 1.0
 #: A token on the built-in model takes 2 s; on a machine that swaps, longer.
 GENERATION_S = 120.0
+#: An engine of our own says hello by then: as long as the supervisor waits.
+HELLO_S = 20.0
+MOST_DIRECTORY = 60
 #: Exit records that are shown, and how old they may be to count.
 SHOWN, RECENT = 3, timedelta(days=1)
 QUESTION = "What is mlxd?"
@@ -60,25 +62,50 @@ class Finding(Struct, frozen=True):
 
 
 class Doctor:
-    """`settings`: None when they are refused, `told`: `mlxd status --json`, None while no supervisor answers."""
+    """`settings`: None when they are refused. `told`: `mlxd status --json`, None while no supervisor answers, and why in `silence`. `url`: of
+    the server, "" where nobody knows. `reply`: of its health, None if it does not answer. `serves`: a request sent now would be served or
+    queued, so that nothing that is found keeps mlxd from that."""
 
     def __init__(self, where: paths.Paths):
         self.where = where
         self.settings: Config | None = None
         self.told: dict[str, Any] | None = None
+        self.silence = self.url = ""
+        self.reply: probe.Reply | None = None
+        self.serves = False
 
     def findings(self) -> Iterator[Finding]:
         """One after the other, as they are found."""
+        self.look()
         for name, check in CHECKS.items():
             try:
                 for level, text in check(self):
-                    yield Finding(level, name, text)
+                    yield Finding("advice" if level == "problem" and self.serves else level, name, text)
             except Exception as error:  # of one check: the others are worth no less
                 yield Finding("advice", name, f"could not be looked at: {error or type(error).__name__}")
 
+    def look(self) -> None:
+        with contextlib.suppress(ConfigError):  # `settings` tells
+            self.settings = config.load(self.where.config, [self.where.env_file]).config
+        try:
+            self.told = control.ask(self.where.control, "status")
+            self.url = str(self.told["url"])
+        except MlxdError as error:
+            self.silence = str(error)
+            if self.settings is not None and self.settings.server.port and is_locked(self.where.lock):
+                server = self.settings.server
+                self.url = ports.url(ports.reached(server.host), server.port)
+        if self.url:
+            with contextlib.suppress(probe.NoReply):
+                self.reply = probe.fetch(self.url + "/health", HEALTH_S, token=self.token())
+                self.serves = self.reply.status == 200 and "nonce" in self.reply.json
+
     def token(self) -> str:
-        """Raises ConfigError."""
-        return tokens.for_commands(self.where.token) if self.where.token.exists() else ""
+        """ "" where there is none, or none that can be read."""
+        try:
+            return tokens.for_commands(self.where.token) if self.where.token.exists() else ""
+        except (ConfigError, OSError):
+            return ""
 
 
 Found = Iterator[tuple[Level, str]]
@@ -123,7 +150,6 @@ def settings(doctor: Doctor) -> Found:
     where = doctor.where
     try:
         loaded = config.load(where.config, [where.env_file])
-        doctor.settings = loaded.config
         secured = tokens.load(where.token, loaded.config)
         config.read_services(where.config)
     except ConfigError as error:
@@ -144,6 +170,8 @@ def directories(doctor: Doctor) -> Found:
     where = doctor.where
     well = True
     for place in dict.fromkeys((where.home, where.logs, where.config_dir, where.run)):
+        if not nearest(place).is_dir() and nearest(place) != place:
+            continue  # told of the one above it
         if place.is_symlink() or (place.exists() and not place.is_dir()):
             yield "problem", f"{place} is not a directory: move it away, mlxd makes its own"
         elif place.exists() and place.stat().st_uid != os.geteuid():
@@ -189,31 +217,29 @@ def memory(doctor: Doctor) -> Found:
 
 def daemon(doctor: Doctor) -> Found:
     """Lock, PID file and control socket."""
-    where = doctor.where
+    where, told = doctor.where, doctor.told
     pid_text = (paths.read_small(where.pid_file, 32) or b"").decode(errors="replace").strip()
-    try:
-        told = doctor.told = control.ask(where.control, "status")
-    except NotRunning:
+    if told is None:
         if is_locked(where.lock):
             yield (
                 "problem",
                 f"pid {pid_text or 'unknown'} holds {where.lock} and does not answer: `mlxd recover` ends and replaces it",
             )
+        elif "cannot reach" in doctor.silence:
+            yield "problem", f"{doctor.silence}: make it yours, or remove it"
         elif pid_text:
             yield "advice", "mlxd does not run, and left its PID file when it died: `mlxd start` starts it and clears up"
         else:
             yield "advice", "mlxd does not run: `mlxd start`"
         return
-    except MlxdError as error:
-        yield "problem", f"{error}; `mlxd recover` ends and replaces it"
-        return
     pid = str(told["supervisor"]["pid"])
     if pid_text != pid:
         yield "advice", f"{where.pid_file} says {pid_text or 'nothing'} and mlxd is pid {pid}: it is put back within seconds"
-    if told["version"] != mlxd.__version__:
+    if (told["version"], told.get("protocol")) != (mlxd.__version__, messages.PROTOCOL):
         yield (
             "advice",
-            f"mlxd {told['version']} runs and {mlxd.__version__} is installed: `mlxd restart --supervisor`, then `mlxd restart`",
+            f"what runs (mlxd {told['version']}) is not what is installed ({mlxd.__version__}): "
+            "`mlxd restart --supervisor`, then `mlxd restart`",
         )
     for note in told.get("notes", []):
         yield "advice", note
@@ -226,10 +252,10 @@ def daemon(doctor: Doctor) -> Found:
 
 
 def port(doctor: Doctor) -> Found:
-    if doctor.settings is None:
-        return
+    """Who has it, where no mlxd runs: one that does says itself what is wrong with it."""
     if doctor.told is not None and doctor.told["state"] != "held":
         yield "ok", f"{doctor.told['port']} is mlxd's"
+    if doctor.settings is None or doctor.told is not None or is_locked(doctor.where.lock):
         return
     if not (wanted := doctor.settings.server.port):
         yield "ok", "any free one"
@@ -246,34 +272,32 @@ def port(doctor: Doctor) -> Found:
 
 
 def health(doctor: Doctor) -> Found:
-    if doctor.told is None:
+    if not doctor.url:
         return
-    url = doctor.told["url"] + "/health"
-    try:
-        reply = probe.fetch(url, HEALTH_S, token=doctor.token())
-    except probe.NoReply as no:
-        yield "problem", f"{url}: {no}; look at `mlxd logs --server`"
+    url, reply = f"{doctor.url}/health", doctor.reply
+    if reply is None:
+        yield "problem", f"{url} is not answered within {HEALTH_S:g} s; look at `mlxd logs --server`"
         return
     told = reply.json
-    if reply.status == 200 and "nonce" in told:
-        queue = told.get("queue", {})
-        yield (
-            "ok",
-            f"{told['status']} in {reply.seconds * 1e3:.0f} ms, {queue.get('running', 0)} running, {queue.get('waiting', 0)} waiting",
-        )
-    elif "nonce" not in told:
+    if "nonce" not in told:
         yield (
             "problem",
             f"{url} is answered by something that is not mlxd (status {reply.status}): end that, or choose another MLX_API_PORT",
         )
-    else:
+    elif reply.status != 200:
         yield "problem", f"{url} says {told['status']}: {told.get('reason') or 'a request sent now would not be served'}"
+    else:
+        queue = told.get("queue", {})
+        running, waiting = queue.get("running", 0), queue.get("waiting", 0)
+        yield "ok", f"{told['status']} in {reply.seconds * 1e3:.0f} ms, {running} running, {waiting} waiting"
 
 
 def generation(doctor: Doctor) -> Found:
     """A real token of the built-in model: of the daemon if that has it loaded, else of an engine of our own, so that no model goes for it."""
-    if doctor.told is not None and is_loaded(doctor.told["url"], doctor.token()):
-        yield answered(doctor.told["url"], doctor.token())
+    if doctor.serves and is_loaded(doctor.url, doctor.token()):
+        level, text = answered(doctor.url, doctor.token())
+        doctor.serves = level != "problem"
+        yield level, text
         return
     began = time.monotonic()
     why = own_engine(doctor.settings or Config())
@@ -297,6 +321,8 @@ def answered(url: str, token: str) -> tuple[Level, str]:
         reply = probe.fetch(url + "/api/chat", GENERATION_S, msgspec.json.encode(body), token=token)
     except probe.NoReply as no:
         return "problem", f"the daemon gives no answer of the built-in model: {no}; look at `mlxd logs --server`"
+    if reply.status in (429, 503):
+        return "advice", f"the daemon has no room for a question to the built-in model just now: {reply.json.get('error')}"
     if reply.status != 200 or not reply.json.get("message", {}).get("content"):
         return "problem", f"the daemon gives no answer of the built-in model: {reply.json.get('error') or f'status {reply.status}'}"
     return "ok", f"the daemon answered with {reply.json['eval_count']} tokens of the built-in model in {reply.seconds:.1f} s"
@@ -306,7 +332,7 @@ def own_engine(settings: Config) -> str:
     """Start an engine as the supervisor would, have it load the built-in model, which takes a token, and end it; why that went wrong, or "".
     It ends with us, whatever happens: an engine lives no longer than its link."""
     one = child.Child("engine", 1)
-    with tempfile.TemporaryDirectory(prefix="mlxd-doctor-") as home:
+    with tempfile.TemporaryDirectory(prefix="mlxd-doctor-", dir=short_directory()) as home:
         place = Path(home)
         log = place / "engine.log"
         told = ChildSettings(
@@ -327,27 +353,33 @@ def own_engine(settings: Config) -> str:
         try:
             why = asyncio.run(first_token(end))
         finally:
-            os.killpg(one.pid, signal.SIGKILL)
+            one.kill()
             os.waitpid(one.pid, 0)
         words = paths.read_end(log, 4096).decode(errors="replace").strip().rpartition("\n")[2]
         return f"{why}: {words}" if why and words else why
+
+
+def short_directory() -> str | None:
+    """Where a socket's path has room (100 bytes); None: in the usual place."""
+    return None if len(tempfile.gettempdir()) <= MOST_DIRECTORY else "/tmp"
 
 
 async def first_token(end: socket.socket) -> str:
     """Over our end of its link: why there is none, or ""."""
     link = await Link.open(end, messages.child_words)
     try:
-        async with asyncio.timeout(GENERATION_S):
+        async with asyncio.timeout(HELLO_S) as limit:
             while (word := await link.read()) is not None:
                 match word:
                     case messages.Hello():
+                        limit.reschedule(asyncio.get_running_loop().time() + GENERATION_S)
                         link.send(messages.Load(BUILTIN, str(Path(mlxd.__file__).parent / "builtin"), 2**40))
                     case messages.Ready():
                         return ""
                     case messages.Bye():
                         return word.text or word.cause
     except TimeoutError:
-        return f"it was not ready within {GENERATION_S:g} s"
+        return "it did not get ready in time"
     except ValueError as error:
         return str(error)
     finally:

@@ -27,6 +27,8 @@ OLLAMA = "http://localhost:11434"
 NOT_FROM_HERE = re.compile(r"MLXD_HOME|MLX_API_HOST|MLXD_SERVER_HOST|MLXD_SECURITY_.*")
 #: What no URL holds: blanks, control characters, and what a shell or HTML would make something of.
 NOT_IN_URL = re.compile(r"[\x00-\x20\x7f\"<>\\^`{|}]")
+#: Of a URL, in any text: a name and a password, whatever is in them.
+WHO = re.compile(r"(?<=://)[^\s\"<>]*@")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def base_url(text: str, place: str) -> str:
 
 def anonymous(url: str) -> str:
     """Without a name and a password, which are nobody's business that it is shown to."""
-    return re.sub(r"(?<=://)[^/]*@", "", url)
+    return WHO.sub("", url)
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

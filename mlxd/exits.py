@@ -18,6 +18,7 @@ KEPT = 50
 MAX_FILE_BYTES = 8 * 1024 * 1024
 #: A server tells of an engine's end within so many records of it, and of so many engines before their end.
 NEAR = 8
+MOST_FLIGHTS = 64
 #: What a page or a terminal has room for.
 SHOWN, SHOWN_TEXT, SHOWN_FLIGHTS = 10, 2000, 8
 
@@ -40,17 +41,18 @@ class Exits:
     def add(self, record: ExitRecord) -> None:
         self.records.append(record)
         self.counts.setdefault(record.child, Counter())[record.cause] += 1
-        record.flights = self.early.pop(record.pid, [])
+        if record.child == "engine":
+            record.flights = self.early.pop(record.pid, [])
         self.write()
 
     def hear(self, word: Aboard) -> None:
         """A server has lost an engine: before its end is seen here, or soon after. There may be two servers."""
         for record in list(self.records)[-NEAR:]:
             if record.pid == word.pid and record.child == "engine":
-                record.flights = record.flights + word.flights
+                record.flights = (record.flights + word.flights)[:MOST_FLIGHTS]
                 self.write()
                 return
-        self.early[word.pid] = self.early.pop(word.pid, []) + word.flights
+        self.early[word.pid] = (self.early.pop(word.pid, []) + word.flights)[-MOST_FLIGHTS:]
         if len(self.early) > NEAR:
             del self.early[next(iter(self.early))]
 

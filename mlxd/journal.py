@@ -24,6 +24,7 @@ from mlxd.messages import (
     Call,
     Done,
     Embed,
+    Embedded,
     Event,
     Flight,
     Format,
@@ -143,8 +144,8 @@ class Entry:
 
     `attempts`: how many engines have had it; `deaths`: how many in a row died under it without progress; `cached`: prompt tokens that
     none of them had to compute; `reached`: tokens of prompt and answer that the best of them got through. `digest`: of the model whose
-    tokens these are. `text`, `thinking`, `calls`, `logprobs`: what the answer says so far. `phases`: as in messages.Flight. Times: of the
-    monotonic clock, ns.
+    tokens these are. `embedded_tokens`: of inputs that were embedded. `text`, `thinking`, `calls`, `logprobs`: what the
+    answer says so far. `phases`: as in messages.Flight. Times: of the monotonic clock, ns.
     """
 
     def __init__(self, journal: Journal, request: Request, received_ns: int):
@@ -157,6 +158,7 @@ class Entry:
         self.prompt_ids = request.prompt_ids
         self.continued = True
         self.cached: int | None = None
+        self.embedded_tokens = 0
         self.emitted: list[int] = []
         self.text: list[str] = []
         self.thinking: list[str] = []
@@ -183,11 +185,16 @@ class Entry:
             outcome=outcome,
             status=status,
             phases=self.phases[-MOST_PHASES:],
-            prompt_tokens=len(self.prompt_ids or []),
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached or 0,
             completion_tokens=len(self.emitted),
             resumes=self.resumes,
         )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As far as they are known; of inputs to be embedded, once they are."""
+        return len(self.prompt_ids or []) or self.embedded_tokens
 
     def submit(self, job: int, digest: str) -> Submit | Embed:
         """The job that brings this request on from where it is, on an engine of the model with this digest. Raises Refused when that is
@@ -232,7 +239,8 @@ class Entry:
         if isinstance(event, Token):
             if self.first_token_ns is None:
                 self.first_token_ns = time.monotonic_ns()
-            self.enter("decode")
+            if self.phases[-1][0] == "prefill":  # else it came from an engine that has died since
+                self.enter("decode")
             self.emitted += event.ids
             self.thinking_tokens += len(event.ids) if event.thinking else 0
             self.logprobs += event.logprobs
@@ -246,8 +254,12 @@ class Entry:
         elif isinstance(event, Accepted):
             self.prompt_ids, self.continued = event.prompt_ids, event.continued
             cached = min(event.cached, len(event.prompt_ids))  # a resumed one's emitted tokens may have come from the cache, too
-            self.journal.prefilled += len(event.prompt_ids) - cached
+            if self.request.max_tokens != 0:
+                self.journal.prefilled += len(event.prompt_ids) - cached
             self.cached = cached if self.cached is None else min(self.cached, cached)
+        elif isinstance(event, Embedded):
+            self.embedded_tokens = event.tokens
+            self.journal.prefilled += event.tokens
 
     def reach(self, position: int) -> None:
         """An engine got so far, in tokens. What an earlier one has done is no progress, or a request that always kills the engine at the

@@ -70,13 +70,16 @@ class Metrics:
             self.counted.add((kind, model))
             for each in get_args(Outcome):
                 self.requests.labels(kind, model, each)
-        status = 500 if exchange.failed else exchange.status
+        status = 500 if exchange.failed or not exchange.status else exchange.status
         self.requests.labels(kind, model, outcome(status, exchange.left)).inc()
 
     def land(self, entry: Entry) -> None:
-        """A request's work has ended, whatever came of it."""
+        """A request's work has ended, whatever came of it. One that only counted its tokens was none."""
+        if entry.request.max_tokens == 0:
+            return
         model = self.label(entry.request.model.weights.name)
-        self.tokens.setdefault(model, Tally()).update(figures(entry))
+        asked = {"prompt_tokens": entry.prompt_tokens, "cached_prompt_tokens": entry.cached or 0}
+        self.tokens.setdefault(model, Tally()).update(asked | growing(entry))
         phases = entry.phases
         if entry.attempts:
             self.queue.observe((entry.submitted_ns - entry.received_ns) / 1e9)
@@ -104,7 +107,10 @@ class Metrics:
     async def exposed(self, accept: str) -> tuple[bytes, str]:
         """Everything, in the format that `accept` prefers, and its content type."""
         self.told = await self.service.oversight.status()
-        encoder, content_type = exposition.choose_encoder(accept)
+        try:
+            encoder, content_type = exposition.choose_encoder(accept)
+        except (ValueError, TypeError):  # of a version that is no number
+            encoder, content_type = exposition.choose_encoder("")
         return encoder(self.registry), content_type
 
     def collect(self) -> Iterator[Metric]:
@@ -128,7 +134,7 @@ class Metrics:
     def tokens_so_far(self) -> Iterator[Metric]:
         sums = {model: Tally(tally) for model, tally in self.tokens.items()}
         for entry in self.service.journal.entries:
-            sums.setdefault(self.label(entry.request.model.weights.name), Tally()).update(figures(entry))
+            sums.setdefault(self.label(entry.request.model.weights.name), Tally()).update(growing(entry))
         for name, text in COUNTED.items():
             family = CounterMetricFamily(f"mlxd_{name}", text, labels=["model"])
             for model, tally in sums.items():
@@ -182,14 +188,9 @@ COUNTED = {
 }
 
 
-def figures(entry: Entry) -> dict[str, int]:
-    """What a request adds to COUNTED, so far."""
-    return {
-        "prompt_tokens": len(entry.prompt_ids or []),
-        "cached_prompt_tokens": entry.cached or 0,
-        "generated_tokens": len(entry.emitted),
-        "resumes": entry.resumes,
-    }
+def growing(entry: Entry) -> dict[str, int]:
+    """What a request adds to COUNTED while it is in hand: what never becomes less, as what is known of its prompt may after a death."""
+    return {"generated_tokens": len(entry.emitted), "resumes": entry.resumes}
 
 
 def dialect(path: str) -> str:

@@ -28,8 +28,9 @@ class Oversight:
         self.answers: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     async def status(self) -> dict[str, Any] | None:
-        """As `mlxd status --json` has it, without Ollama; None: nobody answers."""
-        return await self.ask("status")
+        """As `mlxd status --json` has it, without Ollama and the last exit, which `exits` has; None: nobody answers."""
+        told = await self.ask("status")
+        return told and {key: value for key, value in told.items() if key != "last_exit"}
 
     async def exits(self) -> list[dict[str, Any]]:
         """The newest exit records, newest first; none when nobody answers."""

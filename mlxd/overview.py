@@ -25,8 +25,6 @@ from mlxd.models import Model
 
 #: Between two looks when nothing changes, and when much does.
 TICK_S, HASTE_S = 1.0, 0.2
-#: The disk is looked at for models so often.
-MODELS_S = 5.0
 #: Of requests in hand and ended ones, in each look.
 MOST_REQUESTS, MOST_RECENT = 40, 12
 #: Of a log.
@@ -48,10 +46,9 @@ async def feed(service: Service, exchange: Exchange) -> None:
 async def follow(service: Service, exchange: Exchange) -> None:
     await exchange.stream(SSE)
     await exchange.write(event("history", {"samples": list(service.history.samples)}))
-    shelf = Shelf(service)
     while not service.draining:
         changed = service.pool.changed
-        await exchange.write(event("now", await now(service, await shelf.models())))
+        await exchange.write(event("now", await now(service, await service.models_lately())))
         await asyncio.sleep(HASTE_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TICK_S - HASTE_S):
@@ -62,22 +59,9 @@ def event(name: str, data: dict[str, Any]) -> bytes:
     return b"event: %s\ndata: %s\n\n" % (name.encode(), msgspec.json.encode(data))
 
 
-class Shelf:
-    """The models that there are, as they were a few seconds ago."""
-
-    def __init__(self, service: Service):
-        self.service = service
-        self.found: list[Model] = []
-        self.looked_at = -MODELS_S
-
-    async def models(self) -> list[Model]:
-        if time.monotonic() - self.looked_at >= MODELS_S:
-            self.found, self.looked_at = await self.service.models(), time.monotonic()
-        return self.found
-
-
 async def now(service: Service, models: Iterable[Model]) -> dict[str, Any]:
-    told, incidents = await service.oversight.status(), await service.oversight.exits()
+    told = await service.oversight.status()
+    incidents = await service.oversight.exits() if told else []
     word, reason = health.status(service.pool, service.draining, service.problems)
     admission, journal, samples = service.admission, service.journal, service.history.samples
     return {
@@ -94,7 +78,6 @@ async def now(service: Service, models: Iterable[Model]) -> dict[str, Any]:
         "recent": list(journal.flights)[: -MOST_RECENT - 1 : -1],
         "incidents": incidents,
         "resumed": journal.resumed,
-        "restarts": told["ends"] if told else {},
     }
 
 

@@ -181,7 +181,8 @@ class Mlx:
         manager = autostart.owner()
         if manager is not None and manager.needs_root:  # it begins again what has died, and we may not ask it to
             return Owner(manager.name, manager.by_hand(manager.mlxd), self.wake_or_end if look.state == "silent" else None)
-        return Owner("mlxd", "mlxd start", lambda: self.restart(look))
+        remedy = "mlxd recover" if look.state == "silent" else "mlxd start"
+        return Owner("mlxd", remedy, lambda: self.restart(look))
 
     def restart(self, look: Look) -> None:
         """Raises MlxdError. `mlxd start` goes through launchd or systemd where it is installed there."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mlxd import __version__, causes, policy
+from mlxd import __version__, causes, messages, policy
 from mlxd.child import Child, footprint
 from mlxd.endpoint import anonymous
 from mlxd.policy import State
@@ -37,7 +37,9 @@ def overall(s: Supervisor) -> tuple[str, str | None]:
 
 def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
     if server is not None and server.state in (State.HELD, State.UNKILLABLE, State.COOLDOWN):
-        return shown(server.state), server.hold or f"the server died {len(server.counted)} times; {next_try(s, server)}"
+        return shown(
+            server.state
+        ), server.hold or f"the server died {len(server.counted)} times ({server.died_of}); {next_try(s, server)}"
     if server is not None and server.state is State.BACKOFF:
         return "starting", f"the server died ({server.died_of}); {next_try(s, server)}"
     return "starting", "the server is starting"
@@ -63,8 +65,10 @@ def problems(s: Supervisor) -> Iterator[str]:
         elif engine.state in (State.BACKOFF, State.COOLDOWN):
             yield f"{engine.title} died ({engine.died_of}); {next_try(s, engine)}"
         elif engine.state is not State.READY and engine.died_of and engine.wanted:
-            died = "" if engine.died_of == causes.STOPPED.name else f"died ({engine.died_of}) and "
-            yield f"{engine.title} {died}is being replaced"
+            if engine.died_of == causes.STOPPED.name:
+                yield f"{engine.title} is being replaced"
+            else:
+                yield f"the engine of {engine.model} died ({engine.died_of}); {engine.name} takes its place"
         if less := causes.in_words(engine.tuning):
             yield f"{engine.title} {engine.tuning.why}; it now runs with {less}"
     window = s.config.supervisor.window_s
@@ -113,6 +117,7 @@ def report(s: Supervisor) -> dict[str, Any]:
         "port": s.port.number(s.config.server),
         "home": str(s.paths.home),
         "version": __version__,
+        "protocol": messages.PROTOCOL,
         "supervisor": {
             "pid": os.getpid(),
             "run": s.runs,

@@ -26,6 +26,7 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from mlxd import (
@@ -630,7 +631,7 @@ class Supervisor:
             text += f": {one.refusal}"
         self.say(event, text, one, record)
         self.exits.add(record)
-        self.tell_servers(messages.Exited(record))
+        self.tell_servers(messages.Exited(msgspec.structs.replace(record, flights=[])))
 
     def forget(self, one: Child) -> None:
         """A child that is stopped and wanted by nobody leaves the lists; the slot's number is free again."""
@@ -773,7 +774,7 @@ class Supervisor:
                 if engine.state is State.READY:
                     one.link.send(self.engine_up(engine))
             if self.exits.last is not None:
-                one.link.send(messages.Exited(self.exits.last))
+                one.link.send(messages.Exited(msgspec.structs.replace(self.exits.last, flights=[])))
 
     def order(self, one: Child) -> None:
         """Set it to work, unless it has not said hello yet (then its hello does) or is on its way out."""

@@ -56,7 +56,7 @@ def test_lists_commands_and_switches_are_read_from_text() -> None:
         ({"MLX_API_HOST": "999.1.1.1"}, "MLX_API_HOST must be an IP address"),
         ({"OLLAMA_KEEP_ALIVE": "soon"}, "OLLAMA_KEEP_ALIVE"),
         ({"MLXD_LOG_FORMAT": "xml"}, 'MLXD_LOG_FORMAT: invalid enum value \'xml\'; it is "text" or "json"'),
-        ({"MLXD_EVENTS_ON_EVENT": "sh -c 'oops"}, "MLXD_EVENTS_ON_EVENT is no command: no closing quotation in"),
+        ({"MLXD_EVENTS_ON_EVENT": "sh -c 'oops"}, "MLXD_EVENTS_ON_EVENT is no command: no closing quotation"),
         (
             {"MLXD_FALLBACK_OLLAMA": "1", "OLLAMA_URL": "localhost:11434"},
             "OLLAMA_URL must be a URL such as http://localhost:11434",

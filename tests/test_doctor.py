@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -22,12 +24,13 @@ from known_answers import LONG
 from prometheus_client.parser import text_string_to_metric_families as families
 from test_mlxd import LONGEST, real_settings
 
-from mlxd import control, doctor, masks, paths
+from mlxd import bundle, control, doctor, masks, paths
 from mlxd.config import Config, Engine, Server
 from mlxd.doctor import CHECKS, Doctor
 from mlxd.endpoint import checked_url
 from mlxd.errors import ConfigError
 from mlxd.logs import timestamp
+from mlxd.probe import Reply
 
 TOKEN = "t0ken-of-the-admin-0123456789"
 SECRET = "my-cat-is-called-Mzhnhkbr"
@@ -47,6 +50,14 @@ def problem(found: list[tuple[str, str]]) -> str:
     """The one there is."""
     (text,) = [text for level, text in found if level == "problem"]
     return text
+
+
+@contextlib.contextmanager
+def locked(where: paths.Paths) -> Iterator[None]:
+    """Somebody runs meanwhile."""
+    with open(where.lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
@@ -170,6 +181,33 @@ def test_metrics_tell_of_the_processes_and_why_they_ended(served: Daemon) -> Non
     assert samples["mlxd_pause_seconds_count",] == 1
 
 
+def test_while_it_serves_nothing_is_a_problem(served: Daemon) -> None:
+    d, pid = served, served.status()["supervisor"]["pid"]
+    mended = d.paths.config.read_text()
+    broken = d.environ | {"MLX_MAX_CONCURRENT": "abc", "MLX_API_PORT": str(d.status()["port"])}
+    d.paths.config.write_text(mended + "[server]\nprot = 1\n")
+    try:
+        found = findings(d, broken)
+        assert [one for one in found if one["level"] == "problem"] == []
+        assert "unknown setting server.prot" in next(one["text"] for one in found if one["check"] == "settings")
+        d.paths.config.write_text(mended)
+        os.kill(pid, signal.SIGSTOP)  # the server goes on without it
+        found = findings(d, d.environ | {"MLX_API_PORT": broken["MLX_API_PORT"]})
+        assert [one for one in found if one["level"] == "problem"] == []
+        assert "does not answer: `mlxd recover`" in next(one["text"] for one in found if one["check"] == "daemon")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        d.paths.config.write_text(mended)
+
+
+def findings(d: Daemon, environ: dict[str, str]) -> list[dict[str, Any]]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "mlxd", "doctor", "--json"], env=environ, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return list(json.loads(ran.stdout)["findings"])
+
+
 # --- a healthy machine ------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,15 +246,15 @@ def test_a_stranger_on_the_port_is_named(where: paths.Paths) -> None:
         port = stranger.getsockname()[1]
         taken = Config(server=Server(port=port))
         assert problem(found(where, "port", taken)).endswith("end that, or choose another port with MLX_API_PORT")
-        held = {"state": "held", "port": port}
-        assert str(port) in problem(found(where, "port", taken, held))
+        assert found(where, "port", taken, {"state": "held", "port": port}) == []  # it says so itself
+        with locked(where):
+            assert found(where, "port", taken) == []
     assert found(where, "port", taken) == [("ok", f"{port} is free")]
 
 
 def test_who_holds_the_lock_and_does_not_answer_is_a_problem(where: paths.Paths) -> None:
     where.pid_file.write_text("4711\n")
-    with open(where.lock, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(where):
         assert problem(found(where, "daemon")).startswith(f"pid 4711 holds {where.lock} and does not answer: `mlxd recover`")
     assert found(where, "daemon") == [
         ("advice", "mlxd does not run, and left its PID file when it died: `mlxd start` starts it and clears up")
@@ -238,11 +276,14 @@ def test_a_directory_that_is_open_to_others_is_advice(where: paths.Paths) -> Non
     assert found(where, "directories") == [("advice", f"{where.logs} is open to others: `chmod 700 {where.logs}`")]
 
 
-def test_an_address_that_somebody_else_answers_is_not_healthy(where: paths.Paths) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        silent.close()
-        assert "look at `mlxd logs --server`" in problem(found(where, "health", Config(), {"url": url}))
+def test_a_server_that_does_not_answer_is_a_problem_and_a_stranger_in_its_place_is(where: paths.Paths) -> None:
+    doctor = Doctor(where)
+    doctor.url = "http://127.0.0.1:9"
+    assert "look at `mlxd logs --server`" in problem(list(CHECKS["health"](doctor)))
+    doctor.reply = Reply(200, {}, b"{}", 0.1)
+    assert "is answered by something that is not mlxd (status 200)" in problem(list(CHECKS["health"](doctor)))
+    doctor.reply = Reply(503, {}, b'{"nonce": "x", "status": "loading", "reason": "the server is starting"}', 0.1)
+    assert problem(list(CHECKS["health"](doctor))).endswith("says loading: the server is starting")
 
 
 @pytest.mark.parametrize(
@@ -250,14 +291,14 @@ def test_an_address_that_somebody_else_answers_is_not_healthy(where: paths.Paths
     [
         ([sys.executable, "-c", "print('no such accelerator'); raise SystemExit(3)"], "it ended: no such accelerator"),
         (["/nowhere/engine"], "it cannot be started: No such file or directory"),
-        ([sys.executable, "-c", "import time; time.sleep(60)"], "it was not ready within 0.5 s"),
+        ([sys.executable, "-c", "import time; time.sleep(60)"], "it did not get ready in time"),
     ],
 )
 def test_an_engine_that_gives_no_token_is_a_problem(
     where: paths.Paths, command: list[str], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "60" in command[-1]:
-        monkeypatch.setattr(doctor, "GENERATION_S", 0.5)
+        monkeypatch.setattr(doctor, "HELLO_S", 0.5)
     told = problem(found(where, "generation", Config(engine=Engine(command=command))))
     assert told == f"an engine of its own gives no token of the built-in model: {why}"
 
@@ -278,7 +319,7 @@ def test_a_check_that_fails_does_not_end_the_others(where: paths.Paths, monkeypa
     where.exits.write_text(json.dumps(record("yesterday")) + "\n")
     monkeypatch.setattr(doctor, "CHECKS", {name: CHECKS[name] for name in ("exits", "port", "disk")})
     findings = list(Doctor(where).findings())
-    assert [finding.check for finding in findings] == ["exits", "disk"]
+    assert [finding.check for finding in findings] == ["exits", "port", "disk"]
     assert findings[0].text == "could not be looked at: Invalid isoformat string: 'yesterday'"
 
 
@@ -289,3 +330,42 @@ def test_what_looks_like_a_secret_is_taken_out_wherever_it_stands() -> None:
     text = 'GET https://me:pw@host/x?api_key=123 Authorization: Bearer abcdef "hf_0123456789abc" sk-ant-0123456789 my-own'
     purged = masks.purged(text, ["my-own"])
     assert purged == 'GET https://...@host/x?... Authorization: Bearer [secret] "[secret]" [secret] [secret]'
+
+
+def test_what_is_known_to_be_secret_goes_wherever_it_stands(where: paths.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    where.env_file.write_text("HF_TOKEN=api_org_fromafile\n")
+    where.token.write_text('admin aaaaaaaaaaaaaaaa\nadmin aaaaaaaaaaaaaaaaTAIL\nadmin quo"te\\0123456789\n')
+    where.token.chmod(0o600)
+    where.config.write_text('[events]\non_event = "python notify.py s3cr3t-w0rd"\n')
+    known = masks.known(where)
+    told = ["api_org_fromafile", "aaaaaaaaaaaaaaaaTAIL", "s3cr3t-w0rd", json.dumps({"log": 'quo"te\\0123456789'}), "python"]
+    assert masks.purged({"all": told}, known) == {"all": ["[secret]"] * 3 + ['{"log": "[secret]"}', "python"]}
+
+
+@pytest.mark.parametrize("url", ["http://me:pa'ss@h:1/x", "http://me:pa/ss@h:1/x", "http://m@e:pass@h:1/x"])
+def test_no_character_of_a_password_gets_through(url: str) -> None:
+    assert masks.purged(f"see {url} there", []) == "see http://...@h:1/x there"
+
+
+def test_arguments_of_commands_and_what_cannot_be_parsed_are_not_shown(where: paths.Paths) -> None:
+    where.config.write_text('[engine]\ncommand = ["/bin/env", "K=s3cr3t"]\n')
+    assert masks.settings(where)["settings"]["engine.command"]["value"] == ["/bin/env", "..."]
+    where.config.write_text("[events]\non_event = 'curl \"s3cr3t'\n")
+    with pytest.raises(ConfigError, match="is no command: no closing quotation$"):
+        masks.settings(where)
+
+
+def test_a_bundle_is_whole_or_not_there(where: paths.Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = where.home / "b.zip"
+    with pytest.raises(KeyboardInterrupt), bundle.begun(file):
+        raise KeyboardInterrupt
+    assert not file.exists()
+    where.log("server").write_bytes(b"Bearer cut-in-two" + b"x" * bundle.MOST_LOG_BYTES + b"\nlast \xff line\n")
+    monkeypatch.setenv("MLX_MODELS_DIR", "/tmp/\udcff")
+    with bundle.begun(file) as out:
+        bundle.write(out, where, [doctor.Finding("ok", "x", "/tmp/\udcff")])
+    with zipfile.ZipFile(file) as archive:
+        assert archive.read("mlxd/logs/server.log").decode() == "last \ufffd line\n"
+        assert json.loads(archive.read("mlxd/doctor.json")) == [{"level": "ok", "check": "x", "text": "/tmp/?"}]
+        assert "mlxd is not running" in json.loads(archive.read("mlxd/status.json"))["error"]

@@ -16,8 +16,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as families
 from server_client import Supervised, said, supervised, until
 
+from mlxd.exits import Exits, read
 from mlxd.history import KEPT, History
-from mlxd.messages import Aboard
+from mlxd.messages import Aboard, ExitRecord, Flight
+from mlxd.papers import Papers
 
 CHATS = {"ollama": "/api/chat", "openai": "/v1/chat/completions", "anthropic": "/v1/messages"}
 
@@ -98,6 +100,28 @@ def test_a_resume_and_its_pause_are_counted(server: Supervised) -> None:
     after = scraped(server)
     assert value(after, "mlxd_resumes_total", model="tiny:latest") - value(before, "mlxd_resumes_total", model="tiny:latest") == 1
     assert value(after, "mlxd_pause_seconds_count") - value(before, "mlxd_pause_seconds_count") == 1
+
+
+def test_no_counter_falls_when_an_engine_dies_and_tokens_that_are_only_counted_are_none(server: Supervised) -> None:
+    before = scraped(server)
+    with server.client() as client:
+        asked = {"model": "tiny", "messages": said("n=3"), "max_tokens": 5}
+        assert client.post("/v1/messages/count_tokens", json=asked).status_code == 200
+    assert value(scraped(server), "mlxd_prompt_tokens_total", model="tiny:latest") == value(
+        before, "mlxd_prompt_tokens_total", model="tiny:latest"
+    )
+    with server.client() as client:
+        told = client.post("/api/embed", json={"model": "tiny", "input": ["abc", "de"]})
+        assert told.status_code == 200
+    more = value(scraped(server), "mlxd_prompt_tokens_total", model="tiny:latest")
+    assert more - value(before, "mlxd_prompt_tokens_total", model="tiny:latest") == told.json()["prompt_eval_count"] > 0
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain; version=; q=x", "*/*"])
+def test_an_odd_wish_for_a_format_gets_the_usual_one(server: Supervised, accept: str) -> None:
+    with server.client() as client:
+        told = client.get("/metrics", headers={"Accept": accept})
+    assert (told.status_code, told.headers["content-type"].partition(";")[0]) == (200, "text/plain")
 
 
 def test_a_thousand_names_that_clients_make_up_make_no_label(server: Supervised) -> None:
@@ -262,3 +286,36 @@ def test_a_clock_that_was_set_back_stops_no_history() -> None:
     assert history.due(500.0)
     history.take(500.0, 100, 0, 0, 0, 0, 0)
     assert [sample.tokens_s for sample in history.samples] == [0.0, 0.0]
+
+
+# --- what servers tell of engines -------------------------------------------------------------------------------------------------------
+
+
+def test_flights_find_the_record_of_their_engine_and_no_other(home: Path) -> None:
+    found = Exits(home / "exits.jsonl", Papers())
+    found.hear(Aboard(7, [flight(n) for n in range(100)]))
+    found.add(record("server", 7))
+    assert found.last and found.last.flights == []
+    found.add(record("engine", 7))
+    assert len(found.last.flights) == 64
+    found.hear(Aboard(7, [flight(1)]))
+    assert len(found.last.flights) == 64
+    found.add(record("engine", 8))
+    found.hear(Aboard(8, [flight(1)]))
+    assert [one.id for one in found.last.flights] == ["r1"]
+    assert [[one.id for one in each.flights] for each in read(home / "exits.jsonl")][-1] == ["r1"]
+    assert found.counts == {"server": {"killed": 1}, "engine": {"killed": 2}}
+
+
+def flight(number: int) -> Flight:
+    return Flight(
+        id=f"r{number}", path="/api/chat", model="m:latest", at=1.0, outcome=None, status=0, phases=[("queued", 0)],
+        prompt_tokens=0, cached_tokens=0, completion_tokens=0, resumes=0,
+    )  # fmt: skip
+
+
+def record(child: str, pid: int) -> ExitRecord:
+    return ExitRecord(
+        ts="2026-01-01T00:00:00.000000Z", child=child, slot=1, pid=pid, model=None, cause="killed", signal=9, code=None,
+        up_s=1.0, memory_bytes=1, running=0, text="",
+    )  # fmt: skip

@@ -26,13 +26,13 @@ INCIDENT = {"ts": "1970-01-01T00:00:58Z", "child": "engine", "slot": 1, "pid": 6
 def told(**more: Any) -> dict[str, Any]:
     engine = PROCESS | {"slot": 1, "model": HOSTILE, "running": 1}
     status = {"state": "degraded", "reason": HOSTILE, "url": "http://127.0.0.1:1", "supervisor": PROCESS, "server": PROCESS,
-              "engines": [engine], "pullers": [], "notes": [HOSTILE], "last_exit": None, "ollama": {"url": "http://localhost:1"}}  # fmt: skip
+              "engines": [engine], "pullers": [], "notes": [HOSTILE], "ends": {"engine": {"killed": 2}}}  # fmt: skip
     model = {"name": HOSTILE, "state": "ready", "memory_bytes": 1, "running": 1, "leaves_s": 61.0}
     return {
         "at": 100.0, "version": "0.1.0", "word": "degraded", "reason": None, "status": status, "sample": SAMPLE, "resumed": 3,
         "queue": {"running": 1, "waiting": 2, "slots": 32, "seats": 512}, "models": [model, model | {"state": "absent"}],
         "pulls": [{"name": HOSTILE, "status": HOSTILE, "total": 10, "completed": 5}], "requests": [FLIGHT] * 9, "recent": [],
-        "incidents": [INCIDENT], "restarts": {"engine": {"killed": 2}},
+        "incidents": [INCIDENT],
     } | more  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_without_a_server_or_a_supervisor_it_says_so_and_shows_what_it_has() -> 
     feed = Feed()
     feed.trouble = "the server is being replaced"
     assert "the server is being replaced" in drawn(feed)
-    feed.now = told(status=None, sample=None, restarts={})
+    feed.now = told(status=None, sample=None)
     text = drawn(feed)
     assert "mlxd 0.1.0  as it was" in text and "the server is being replaced" in text and "the supervisor does not answer" in text
     assert next(snapshot(feed)) == "degraded  the supervisor does not answer"

@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: The disk is looked at for models so often while somebody looks at us.
+LATELY_S = 5.0
+
 
 class View(Filler, Protocol):
     """How a dialect shows one answer, of one choice or several (`choice` counts from 0). b"": nothing to send.
@@ -108,6 +111,8 @@ class Service:
         self.fallback = Fallback(config, self.look_up) if config.fallback.ollama else None
         self.problems: list[str] = []
         self.last_exit: ExitRecord | None = None
+        self.listed: list[Model] = []
+        self.listed_at = float("-inf")
         self.logs = logs
         self.oversight = Oversight(control)
         self.history = History()
@@ -129,6 +134,13 @@ class Service:
     async def models(self) -> list[Model]:
         """All there are, newest first."""
         return await asyncio.to_thread(self.catalogue.scan)
+
+    async def models_lately(self) -> list[Model]:
+        """The same as it was a few seconds ago, for those who ask each second."""
+        if time.monotonic() - self.listed_at >= LATELY_S:
+            self.listed_at = time.monotonic()
+            self.listed = await self.models()
+        return self.listed
 
     async def neighbours(self, exchange: Exchange, models: list[Model]) -> list[dict[str, Any]]:
         """Ollama's models besides `models`, as its /api/tags has them."""
@@ -250,7 +262,7 @@ class Service:
                 await exchange.while_connected(self.run(exchange, entries, tell, filler))
                 status = 200
             except Refused as refused:
-                status = refused.status
+                status = 500 if exchange.started else refused.status
                 raise
             finally:
                 for entry in entries:

@@ -6,6 +6,7 @@ them: `mlxd status` takes less than 150 ms.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -40,6 +41,8 @@ GROUPS = {
     },
     "Use it": {"chat": "chat", "env": "services", "completion": "completion"},
 }
+#: What a full or broken disk says, where the output goes there.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 FILES = {name: file for group in GROUPS.values() for name, file in group.items()}
 
 
@@ -72,6 +75,12 @@ class Commands(click.Group):
         except BrokenPipeError:  # `mlxd logs | head`
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 so that the interpreter's last flush has somewhere to go
             ctx.exit(0)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

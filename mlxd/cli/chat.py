@@ -17,7 +17,7 @@ from mlxd import paths, probe
 from mlxd.cli import store
 from mlxd.cli.completion import model_names
 from mlxd.cli.stream import Broken, Stream, words_of
-from mlxd.cli.words import as_json, bytes_of, is_terminal
+from mlxd.cli.words import as_json, bytes_of, coloured, is_terminal
 from mlxd.errors import MlxdError, Refused
 
 #: As much as the server takes of a request.
@@ -44,9 +44,10 @@ def chat(message: str | None, model: str | None, json_: bool) -> None:
     With MESSAGE, or a message on stdin (MESSAGE "-", or a pipe), print the answer and end; else talk at a prompt, where /help helps.
     """
     where = paths.locate()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that is not UTF-8 shows what it can
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that is not UTF-8 shows what it can
     server = store.running(where)
-    if message is None and is_terminal(sys.stdin) and sys.stdout.isatty() and not json_:
+    if message is None and is_terminal(sys.stdin) and is_terminal(sys.stdout) and not json_:
         if model is not None:
             server.shown(model)
         from mlxd.cli.prompt import Conversation
@@ -55,7 +56,7 @@ def chat(message: str | None, model: str | None, json_: bool) -> None:
         return
     said = from_stdin() if message in (None, "-") else message
     answer = Answer(model or usual(server))
-    shown = Shown() if json_ else Terminal() if sys.stdout.isatty() else Plain()
+    shown = Shown() if json_ else Terminal() if is_terminal(sys.stdout) else Plain()
     try:
         fill(answer, where, [spoken("user", said or "")], shown)
     finally:
@@ -89,7 +90,7 @@ class Shown:
     """Of an answer nothing, while it comes; but of what it waits for, in a line of a terminal on stderr."""
 
     def __init__(self) -> None:
-        self.spins = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.spins = is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
         self.line = ""  # as it stands there
 
     def piece(self, text: str, thinking: bool) -> None:
@@ -137,8 +138,9 @@ class Plain(Shown):
 
     def out(self, text: str) -> None:
         self.wipe()
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
         self.last = text[-1]
 
     def end(self) -> None:
@@ -152,7 +154,7 @@ class Terminal(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.talks = sys.stderr.isatty()
+        self.talks = is_terminal(sys.stderr)
         self.thinks = False
         self.heard_at = time.monotonic()
 
@@ -342,5 +344,4 @@ def seen(text: str) -> str:
 
 def dimmed(text: str) -> str:
     """For stderr."""
-    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"\x1b[2m{text}\x1b[0m" if coloured else text
+    return f"\x1b[2m{text}\x1b[0m" if coloured(sys.stderr) else text

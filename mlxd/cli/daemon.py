@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxd import control, paths
-from mlxd.cli.words import NOT_READY, as_json, line_of, our_name
+from mlxd.cli.words import NOT_READY, as_json, is_terminal, line_of, our_name
 from mlxd.errors import ConfigError, MlxdError, NotRunning
 from mlxd.lock import is_locked
 
@@ -273,10 +274,14 @@ def start_through(owner: Manager, where: paths.Paths) -> None:
         click.echo(f"mlxd is not looked after every 5 min: {error}", err=True)
 
 
+#: What counts down in a reason.
+STILL = re.compile(r"; next try.*")
+
+
 def await_ready(where: paths.Paths, settled: bool = False) -> dict[str, Any]:
     """The status as soon as it is ready, degraded or held (`settled`: and no process is on its way up or down), or when nothing has moved
     for STILL_S; shows the state meanwhile."""
-    shown = ""
+    shown: tuple[str, str] | None = None
     not_found_until = time.monotonic() + 5.0
     while True:
         try:
@@ -289,9 +294,9 @@ def await_ready(where: paths.Paths, settled: bool = False) -> dict[str, Any]:
         moving = settled and any(p["state"] in MOVING for p in [told["server"] or {"state": "starting"}, *told["engines"]])
         if (told["state"] in START_STATUS and not moving) or told["moved_s"] > STILL_S:
             return told
-        if sys.stderr.isatty() and (now := f"{told['state']}: {told['reason']}") != shown:
+        if is_terminal(sys.stderr) and told["reason"] and (now := (told["state"], STILL.sub("", told["reason"]))) != shown:
             shown = now
-            click.echo(now, err=True)
+            click.echo(f"{told['state']}: {told['reason']}", err=True)
         time.sleep(0.05)
 
 

@@ -16,7 +16,7 @@ import click
 from mlxd import control, paths
 from mlxd.cli import store
 from mlxd.cli.completion import model_names
-from mlxd.cli.words import age_of, as_json, bytes_of, table
+from mlxd.cli.words import age_of, as_json, bytes_of, is_terminal, table
 from mlxd.errors import MlxdError
 
 #: A model may load for long; its own limits end it.
@@ -156,7 +156,7 @@ def rm(ctx: click.Context, names: tuple[str, ...], yes: bool) -> None:
     if not yes:
         there = models.models()
         what = "delete " + ", ".join(in_words(name, known(there, name)) for name in names)
-        if not sys.stdin.isatty():
+        if not is_terminal(sys.stdin):
             raise MlxdError(f"this would {what}, and there is nobody to ask: add --yes")
         click.confirm(f"{what[0].upper()}{what[1:]}?", abort=True)
     failed = False

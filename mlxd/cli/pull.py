@@ -18,7 +18,7 @@ import click
 
 from mlxd import paths
 from mlxd.cli import store
-from mlxd.cli.words import as_json
+from mlxd.cli.words import as_json, is_terminal
 from mlxd.errors import REPLACED, MlxdError, NotRunning
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def pull(name: str, json_: bool) -> None:
     NAME is its repository, such as mlx-community/NAME. What is here already is not fetched again.
     """
     try:
-        with contextlib.closing(lines(name)) as told, Json() if json_ else Bars() if sys.stderr.isatty() else Plain() as shown:
+        with contextlib.closing(lines(name)) as told, Json() if json_ else Bars() if is_terminal(sys.stderr) else Plain() as shown:
             for line in told:
                 shown.show(line)
                 if "error" in line:

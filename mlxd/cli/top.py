@@ -61,7 +61,7 @@ def top(ctx: click.Context, json_: bool) -> None:
         if json_:
             feed.look(server)
             click.echo(json.dumps(feed.now | {"samples": list(feed.samples)}))
-        elif is_terminal(sys.stdin) and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+        elif is_terminal(sys.stdin) and is_terminal(sys.stdout) and os.environ.get("TERM") != "dumb":
             with Keyboard() as keyboard:
                 watch(where, feed, keyboard)
             if keyboard.ended_by not in (0, signal.SIGINT):
@@ -268,7 +268,7 @@ def snapshot(feed: Feed) -> Iterator[str]:
     """All of it, once, in plain lines: what `mlxd status` says, then the rest."""
     now = feed.now
     if now["status"]:
-        yield from map(printable, lines_of(now["status"] | {"ollama": None}))  # which the server has not asked
+        yield from map(printable, lines_of(now["status"] | {"ollama": None, "last_exit": None}))  # which the server has not asked
     else:
         yield f"{now['word']}  the supervisor does not answer"
     rate = feed.samples[-1]["tokens_s"] if feed.samples else 0.0
@@ -295,7 +295,8 @@ def figures(now: dict[str, Any]) -> list[str]:
     if sample:
         lines[0] += f"  prompts {sample['prompt_tokens_s']:.0f} tokens/s"
         lines.append(f"memory  engines {bytes_of(sample['engines_bytes'])}  available {bytes_of(sample['available_bytes'])}")
-    ends = [f"{child} {cause} {count}" for child, causes in now["restarts"].items() for cause, count in causes.items()]
+    ended = (now["status"] or {}).get("ends", {})
+    ends = [f"{child} {cause} {count}" for child, causes in ended.items() for cause, count in causes.items()]
     if ends or now["resumed"]:
         lines.append(f"ended  {', '.join(ends) or 'none'}  requests that went on {now['resumed']}")
     return [printable(line) for line in lines]

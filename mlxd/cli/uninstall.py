@@ -8,6 +8,7 @@ import click
 
 from mlxd import autostart, paths
 from mlxd.cli import daemon
+from mlxd.cli.words import is_terminal
 from mlxd.errors import MlxdError
 
 
@@ -20,7 +21,7 @@ def uninstall(purge: bool, yes: bool) -> None:
     places = ", ".join(dict.fromkeys(str(place) for place in (where.home, where.logs, where.config_dir)))
     what = "stop mlxd and remove its autostart" + (f", and remove its state, logs and configuration in {places}" if purge else "")
     if not yes:
-        if not sys.stdin.isatty():
+        if not is_terminal(sys.stdin):
             raise MlxdError(f"this would {what}, and there is nobody to ask: add --yes")
         click.confirm(f"{what[0].upper()}{what[1:]}?", abort=True)
     if (owner := autostart.owner()) is not None:

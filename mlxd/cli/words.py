@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,11 @@ def our_name() -> str:
 def is_terminal(stream: TextIO | None) -> bool:
     """None: it was closed before we began."""
     return stream is not None and stream.isatty()
+
+
+def coloured(stream: TextIO | None) -> bool:
+    """Whether it is for eyes that want colours."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def line_of(told: dict[str, Any]) -> str:

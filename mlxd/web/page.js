@@ -157,8 +157,12 @@ async function follow() {
       throw BROKEN;
     } catch (error) {
       if (document.hidden) continue;
-      if (error.status === 401 || (error.status === 403 && token())) await newToken(error);
-      else if (error.name === "AbortError") away(`The server has said nothing for ${FEED_SILENT_MS / 1000} s; trying again.`);
+      if (error.status === 401 || (error.status === 403 && token())) {
+        await newToken(error);
+        pause_ms = 500;
+        continue;
+      }
+      if (error.name === "AbortError") away(`The server has said nothing for ${FEED_SILENT_MS / 1000} s; trying again.`);
       else if (error === BROKEN) away("The server is being replaced; trying again.");
       else away(`${capital(sentence(error))}. Trying again.`);
       if (!(error instanceof Trouble) && error.name !== "AbortError") console.error(error);
@@ -275,10 +279,10 @@ function showState() {
   const { status } = now;
   const [word, tone] = STATES[status?.state ?? now.word] ?? [status.state, "warn"];
   const reason = status ? status.reason : now.reason;
-  const notes = [...(status?.notes ?? ["The supervisor does not answer; the server goes on without it."])];
+  const notes = [...(status?.notes ?? ["The supervisor does not answer; the server goes on without it. `mlxd recover` wakes or replaces it."])];
   showState.version ??= now.version;
   if (showState.version !== now.version) notes.push("mlxd was upgraded meanwhile: reload this page.");
-  showHead(word, tone, reason ? `${capital(reason)}.` : lastTrouble(), notes);
+  showHead(word, status ? tone : "warn", reason ? `${capital(reason)}.` : lastTrouble(), notes);
   say($("version"), now.version);
   say($("url"), (status?.url ?? location.origin).replace(/^http:\/\//, ""));
 }
@@ -456,7 +460,9 @@ async function toggle(name) {
   showModels();
   try {
     await (await ask("/api/generate", { body: { model: name, stream: false, ...(loading ? {} : { keep_alive: 0 }) } })).json();
-    announce(loading ? `${short(name)} is loaded.` : `${short(name)} is unloaded; the next request loads it again.`);
+    const used = now.models.find((one) => one.name === name)?.running;
+    const gone = used ? "is in use; it is unloaded when its requests have ended" : "is unloaded; the next request loads it again";
+    announce(`${short(name)} ${loading ? "is loaded" : gone}.`);
   } catch (error) {
     announce(`${short(name)} was not ${loading ? "loaded" : "unloaded"}: ${sentence(error)}.`);
   } finally {
