@@ -21,6 +21,7 @@ from mlxd.api.exchange import Exchange
 from mlxd.api.service import Service
 from mlxd.errors import Refused
 from mlxd.logs import printable
+from mlxd.messages import Flight
 from mlxd.models import Model
 
 #: Between two looks when nothing changes, and when much does.
@@ -74,7 +75,7 @@ async def now(service: Service, models: Iterable[Model]) -> dict[str, Any]:
         "queue": {"running": admission.running, "waiting": admission.waiting, "slots": admission.slots, "seats": admission.seats},
         "models": [described(service, model) for model in models],
         "pulls": service.pulls.shown(),
-        "requests": in_hand(service)[:MOST_REQUESTS],
+        "requests": in_hand(service, MOST_REQUESTS),
         "recent": list(journal.flights)[: -MOST_RECENT - 1 : -1],
         "incidents": incidents,
         "resumed": journal.resumed,
@@ -99,9 +100,9 @@ def described(service: Service, model: Model) -> dict[str, Any]:
     }
 
 
-def in_hand(service: Service) -> list[Any]:
-    """Their flights, oldest first."""
-    return [entry.flight() for entry in sorted(service.journal.entries, key=lambda entry: entry.received_ns)]
+def in_hand(service: Service, most: int | None = None) -> list[Flight]:
+    """Flights of the oldest requests, at most so many, oldest first."""
+    return [entry.flight() for entry in sorted(service.journal.entries, key=lambda entry: entry.received_ns)[:most]]
 
 
 # --- the rest -----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from server_client import Supervised, supervised, until
 
 from mlxd import logs, paths
+from mlxd.cli.look import merged
 
 CANARY = "canary-7f3a"
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
@@ -198,3 +199,14 @@ def test_of_an_exception_its_place_and_kind_are_told_and_not_its_words(
 def test_of_an_unforeseen_error_only_the_systems_words_are_told() -> None:
     assert logs.words_of(ValueError("what somebody has asked")) == "ValueError"
     assert logs.words_of(RuntimeError("[metal::malloc] Resource limit (499000) exceeded.")).endswith("exceeded.")
+
+
+def test_several_logs_are_one_story_by_their_times(tmp_path: Path) -> None:
+    first, second = tmp_path / "engine-1.log", tmp_path / "engine-2.log"
+    first.write_text("2026-01-01T00:00:01.000000Z  one\nlibmlx: aborted\n2026-01-01T00:00:03.000000Z  three\n")
+    second.write_text('{"ts":"2026-01-01T00:00:02.000000Z","msg":"two"}\n')
+    told = merged([first, second], 50)
+    assert [line.split(b"  ")[0] for line in told] == [b"engine-1", b"engine-1", b"engine-2", b"engine-1"]
+    assert told[1] == b"engine-1  libmlx: aborted"
+    assert merged([first, second], 1) == [told[-1]] and merged([first, second], 0) == []
+    assert merged([first], 1) == [b"2026-01-01T00:00:03.000000Z  three"]

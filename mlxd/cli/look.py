@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from mlxd.errors import NotRunning
 STATUS_STATUS = {"ready": 0, "degraded": 0, "stopped": 3}
 #: Of a line that is followed: there is output that never ends one.
 MOST_LINE_BYTES = 64 * 1024
+#: What a line of ours begins with: RFC 3339 in UTC, microseconds.
+STAMP = re.compile(rb'(?:\{"ts": ?")?(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)')
 #: Of each question to Ollama: `mlxd status` is quick, whatever Ollama is.
 OLLAMA_S = 0.05
 
@@ -69,7 +72,7 @@ def logs(follow: bool, lines: int, which: str) -> None:
     files = [file for file in files if file.is_file()]
     if not files:
         raise NotRunning(f"there is no {which} log in {directory}; `mlxd start` begins one")
-    show([text for file in files for text in last_lines(file, lines)], files if follow else [], printable)
+    show(merged(files, lines), files if follow else [], printable)
 
 
 @click.command()
@@ -141,6 +144,23 @@ def last_lines(file: Path, count: int) -> list[bytes]:
         return log.read().splitlines()[-count:] if count else []
 
 
+def merged(files: list[Path], count: int) -> list[bytes]:
+    """The last lines of all of them by their times; what has none, such as the last words of a library, stands where it was written."""
+    found = []
+    for file in files:
+        at = b""
+        for text in last_lines(file, count):
+            at = stamp[1] if (stamp := STAMP.match(text)) else at
+            found.append((at, named(file, files) + text))
+    found.sort(key=lambda line: line[0])
+    return [text for _, text in found[max(0, len(found) - count) :]]
+
+
+def named(file: Path, files: list[Path]) -> bytes:
+    """What stands before its lines: whose they are, where there are several."""
+    return f"{file.stem}  ".encode() if len(files) > 1 else b""
+
+
 def following(files: list[Path]) -> Iterator[bytes]:
     """Lines as they are written, also after a log was cut or made anew; a very long one in parts."""
     opened: dict[Path, IO[bytes]] = {}
@@ -154,7 +174,7 @@ def following(files: list[Path]) -> Iterator[bytes]:
             if there.st_size < log.tell():
                 log.seek(0)
             while text := log.readline(MOST_LINE_BYTES):
-                yield text.rstrip(b"\n")
+                yield named(file, files) + text.rstrip(b"\n")
             if anew:
                 log.close()
                 opened[file] = open(file, "rb")  # noqa: SIM115
