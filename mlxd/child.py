@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -205,7 +206,7 @@ class Child:
             return
         with contextlib.suppress(OSError):
             there = path.lstat()
-            if (there.st_dev, there.st_ino) == self.log_id:
+            if stat.S_ISREG(there.st_mode) and (there.st_dev, there.st_ino) == self.log_id:  # a directory may have got its number
                 return
         try:
             os.close(self.open_log(path))
