@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,9 @@ from typing import IO, Any
 
 import msgspec
 
-from mlxd import control, exits, masks, paths, probe, tokens
-from mlxd.doctor import Finding
-from mlxd.errors import ConfigError, MlxdError
+from mlxd import control, exits, masks, paths, probe
+from mlxd.doctor import Doctor, Finding
+from mlxd.errors import MlxdError
 
 #: Of each log and of the events, their ends.
 MOST_LOG_BYTES = 256 * 1024
@@ -65,9 +66,11 @@ def contents(where: paths.Paths, findings: list[Finding]) -> Iterator[tuple[str,
     yield "exits.json", lambda: msgspec.to_builtins(exits.read(where.exits))
     for file in (where.events, *logs(where)):
         yield f"logs/{file.name}", lambda file=file: end_of(file)  # type: ignore[misc]
-    yield "status.json", lambda: control.ask(where.control, "status")
+    status = functools.cache(lambda: control.ask(where.control, "status"))
+    yield "status.json", status
+    token = Doctor(where).token()
     for name, path in PAGES.items():
-        yield name, lambda path=path: page(where, path)  # type: ignore[misc]
+        yield name, lambda path=path: page(status()["url"] + path, token)  # type: ignore[misc]
 
 
 def logs(where: paths.Paths) -> list[Path]:
@@ -85,13 +88,9 @@ def end_of(file: Path) -> str:
     return data.decode(errors="replace")
 
 
-def page(where: paths.Paths, path: str) -> Any:
-    """Raises MlxdError, NoReply."""
-    told = control.ask(where.control, "status")
-    token = ""
-    with contextlib.suppress(ConfigError):
-        token = tokens.for_commands(where.token) if where.token.exists() else ""
-    reply = probe.fetch(told["url"] + path, ASK_S, token=token, most_bytes=4 * 1024 * 1024)
+def page(url: str, token: str) -> Any:
+    """Raises NoReply."""
+    reply = probe.fetch(url, ASK_S, token=token, most_bytes=4 * 1024 * 1024)
     return reply.json or reply.body.decode(errors="replace")
 
 

@@ -33,7 +33,7 @@ from mlxd.estimate import gigabytes
 from mlxd.link import ChildSettings, Link
 from mlxd.lock import is_locked
 from mlxd.masks import masked
-from mlxd.models import BUILTIN
+from mlxd.models import BUILTIN, BUILTIN_DIRECTORY
 
 #: Keeps mlxd from serving now; is worth doing; is as it should be.
 Level = Literal["problem", "advice", "ok"]
@@ -103,7 +103,7 @@ class Doctor:
     def token(self) -> str:
         """ "" where there is none, or none that can be read."""
         try:
-            return tokens.for_commands(self.where.token) if self.where.token.exists() else ""
+            return tokens.for_commands(self.where.token)
         except (ConfigError, OSError):
             return ""
 
@@ -373,7 +373,7 @@ async def first_token(end: socket.socket) -> str:
                 match word:
                     case messages.Hello():
                         limit.reschedule(asyncio.get_running_loop().time() + GENERATION_S)
-                        link.send(messages.Load(BUILTIN, str(Path(mlxd.__file__).parent / "builtin"), 2**40))
+                        link.send(messages.Load(BUILTIN, str(BUILTIN_DIRECTORY), 2**40))
                     case messages.Ready():
                         return ""
                     case messages.Bye():

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from mlxd import paths
-from mlxd.messages import Aboard, ExitRecord, Flight
+from mlxd.messages import MOST_FLIGHTS, Aboard, ExitRecord, Flight
 from mlxd.papers import Papers
 
 KEPT = 50
@@ -18,7 +18,6 @@ KEPT = 50
 MAX_FILE_BYTES = 8 * 1024 * 1024
 #: A server tells of an engine's end within so many records of it, and of so many engines before their end.
 NEAR = 8
-MOST_FLIGHTS = 64
 #: What a page or a terminal has room for.
 SHOWN, SHOWN_TEXT, SHOWN_FLIGHTS = 10, 2000, 8
 

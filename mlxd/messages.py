@@ -62,6 +62,8 @@ class Tuning(Struct, frozen=True):
 Phase = Literal["queued", "loading", "prefill", "decode", "lost", "ended"]
 
 
+#: Of one engine, in a word and in its exit record: more than run at once, unless somebody has raised that.
+MOST_FLIGHTS = 64
 #: What came of a request: answered, its client left, refused (4xx), no room for it now (429, 503), failed (any other error).
 Outcome = Literal["done", "left", "refused", "busy", "failed"]
 

@@ -40,6 +40,7 @@ from mlxd.modelfiles import (
 log = logging.getLogger(__name__)
 
 BUILTIN = "mlxd-tiny:latest"
+BUILTIN_DIRECTORY = Path(mlxd.__file__).parent / "builtin"
 #: `[host/][namespace/]model[:tag]`, Ollama's alphabet; its parts are at most 80 characters, and do not end with a dot.
 PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,78}[A-Za-z0-9_-])?"
 NAME = re.compile(rf"(?:{PART}(?::[0-9]+)?/)?(?:{PART}/)?{PART}(?::{PART})?")
@@ -313,7 +314,7 @@ def hub_directory(environ: Mapping[str, str]) -> Path:
 
 def candidates(root: Path, hub: Path) -> Iterator[tuple[str, Path]]:
     """Names and directories that may be models; of one name the first counts."""
-    yield BUILTIN, Path(mlxd.__file__).parent / "builtin"
+    yield BUILTIN, BUILTIN_DIRECTORY
     for directory in subdirectories(root):
         if looks_like_model(directory):
             yield tagged(directory.name), directory

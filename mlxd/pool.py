@@ -24,6 +24,7 @@ from mlxd.errors import Refused
 from mlxd.estimate import gigabytes
 from mlxd.journal import Entry
 from mlxd.messages import (
+    MOST_FLIGHTS,
     Aboard,
     Cancel,
     Counters,
@@ -61,9 +62,6 @@ PAUSE_S = 2.0
 #: Ends of an engine that are not the fault of those who lose it: somebody outside, or mlxd itself, ended it; "deadline": the guilty
 #: request was answered; "": only the connection broke.
 FAULTLESS = causes.FAULTLESS | {""}
-
-#: Flights that are told of one engine: more than run at once, unless somebody has raised that.
-MOST_ABOARD = 64
 
 #: What keeps a model from being loaded: `max_cached`, `memory_limit`, or what is available.
 Lack = Literal["count", "limit", "free"]
@@ -675,7 +673,7 @@ class Pool:
         """The connection is broken; the supervisor learns what the engine had in hand."""
         engine.connection = None
         if lost := connection.close():
-            self.say(Aboard(connection.loaded.pid, [entry.flight() for entry in lost[:MOST_ABOARD]]))
+            self.say(Aboard(connection.loaded.pid, [entry.flight() for entry in lost[:MOST_FLIGHTS]]))
 
 
 def now() -> float:

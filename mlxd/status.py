@@ -37,9 +37,8 @@ def overall(s: Supervisor) -> tuple[str, str | None]:
 
 def without_server(s: Supervisor, server: Child | None) -> tuple[str, str]:
     if server is not None and server.state in (State.HELD, State.UNKILLABLE, State.COOLDOWN):
-        return shown(
-            server.state
-        ), server.hold or f"the server died {len(server.counted)} times ({server.died_of}); {next_try(s, server)}"
+        died = f"the server died {len(server.counted)} times ({server.died_of}); {next_try(s, server)}"
+        return shown(server.state), server.hold or died
     if server is not None and server.state is State.BACKOFF:
         return "starting", f"the server died ({server.died_of}); {next_try(s, server)}"
     return "starting", "the server is starting"

@@ -54,6 +54,16 @@ def terminal(d: Daemon, *words: str, ends_with: int = 0) -> Iterator[pexpect.spa
 
 
 @contextlib.contextmanager
+def answering(d: Daemon) -> Iterator[pexpect.spawn[str]]:
+    """A chat that has begun its longest answer."""
+    with terminal(d, "chat", "--model", "calm") as t:
+        t.expect(">>> ")
+        t.sendline(LONGEST)
+        t.expect_exact(BEGINNING)
+        yield t
+
+
+@contextlib.contextmanager
 def frozen(pid: int) -> Iterator[int]:
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -101,10 +111,7 @@ def test_one_question_is_answered_in_a_pipe_and_in_a_terminal(running: Daemon) -
 
 
 def test_ctrl_c_stops_the_answer_and_the_server_has_nothing_left_of_it(running: Daemon) -> None:
-    with terminal(running, "chat", "--model", "calm") as t:
-        t.expect(">>> ")
-        t.sendline(LONGEST)
-        t.expect_exact(BEGINNING)
+    with answering(running) as t:
         with frozen(engine(running)):
             t.sendintr()
             t.expect_exact("(stopped)\r\n>>> ")
@@ -116,10 +123,7 @@ def test_ctrl_c_stops_the_answer_and_the_server_has_nothing_left_of_it(running: 
 
 
 def test_an_answer_is_whole_though_its_engine_is_killed(running: Daemon) -> None:
-    with terminal(running, "chat", "--model", "calm") as t:
-        t.expect(">>> ")
-        t.sendline(LONGEST)
-        t.expect_exact(BEGINNING)
+    with answering(running) as t:
         with frozen(engine(running)) as pid:
             os.kill(pid, signal.SIGKILL)
         t.expect(">>> ")
@@ -130,10 +134,7 @@ def test_an_answer_is_whole_though_its_engine_is_killed(running: Daemon) -> None
 
 
 def test_when_the_server_is_killed_a_sentence_says_so_and_the_next_question_is_answered(running: Daemon) -> None:
-    with terminal(running, "chat", "--model", "calm") as t:
-        t.expect(">>> ")
-        t.sendline(LONGEST)
-        t.expect_exact(BEGINNING)
+    with answering(running) as t:
         with frozen(engine(running)):
             os.kill(running.ready()["server"]["pid"], signal.SIGKILL)
             t.expect_exact("Error: the server ended before its answer did; the conversation before your message is kept")
